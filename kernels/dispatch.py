@@ -1,0 +1,94 @@
+"""One kernel per linear, chosen once; every refusal keeps its reason.
+
+A kernel is one file in `cpu/`, `gpu/` or this folder with a class decorated by `@register`. Kernels are asked in
+order of `priority`, highest first; the first that does not refuse is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+from quant.kernels.format import Fields, Format
+
+Prepared = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulSpec:
+    """y [M, N] = x [M, K] @ dequantize(weight) [N, K]^T, for any M."""
+
+    n: int
+    k: int
+    format: Format
+    activation: str  # see kernels.activation.ACTIVATIONS
+    device: str  # torch device type: "cpu", "cuda"
+
+
+class Kernel(ABC):
+    """Stateless; one instance serves all layers."""
+
+    name: ClassVar[str]
+    priority: ClassVar[int] = 0
+
+    @abstractmethod
+    def refuses(self, spec: MatmulSpec) -> str | None:
+        """Why this kernel cannot serve `spec`, or None."""
+
+    @abstractmethod
+    def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
+        """Canonical tensors -> the kernel's own layout, once per layer. Must not alias `fields` where it reorders."""
+
+    @abstractmethod
+    def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
+        """Exact inverse of `prepare`: saving a loaded model writes the bytes it was loaded from."""
+
+    @abstractmethod
+    def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
+        """x [M, K] float32, bfloat16 or float16, contiguous -> [M, N] in x's dtype; quantizes x itself if asked to."""
+
+
+KERNELS: dict[str, Kernel] = {}
+C = TypeVar("C", bound=type[Kernel])
+
+
+def register(cls: C) -> C:
+    """Class decorator: make a kernel known under its name."""
+    assert cls.name not in KERNELS, f"two kernels are called {cls.name}"
+    KERNELS[cls.name] = cls()
+    return cls
+
+
+def load_all() -> list[Kernel]:
+    """Import every kernel file; the registry in order of preference."""
+    from quant.kernels import cpu, gpu, reference
+
+    assert reference.Reference.name in KERNELS
+    for package in (cpu, gpu):
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+    return sorted(KERNELS.values(), key=lambda kernel: -kernel.priority)
+
+
+def choose(spec: MatmulSpec) -> tuple[Kernel, dict[str, str]]:
+    """The kernel for `spec`, and the reason of each kernel that was asked before it and refused.
+
+    The environment variable LOWBIT_KERNEL=reference restricts the choice to kernels whose name starts so.
+    Raises ValueError, listing every refusal, when none is left.
+    """
+    wanted = os.environ.get("LOWBIT_KERNEL", "")
+    refusals: dict[str, str] = {}
+    for kernel in load_all():
+        reason = f"LOWBIT_KERNEL={wanted} excludes it" if not kernel.name.startswith(wanted) else kernel.refuses(spec)
+        if reason is None:
+            return kernel, refusals
+        refusals[kernel.name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise ValueError(f"no kernel for {spec.format} {spec.activation} [{spec.n}, {spec.k}] on {spec.device}: {listed}")

@@ -1,0 +1,143 @@
+"""What a low-bit weight format is: named fields on disk, and the way between codes, bytes and floats.
+
+Dimensions: N out features, K in features, G group length along K. Invariants of every format:
+    unpack(pack(codes)) == codes                          exactly
+    fields(n, k) names every tensor with shape and dtype   so empty modules and checks need no data
+    dequantize(pack(codes)) is what the codes mean         the oracle for every kernel
+A new format is one file in `formats/` with a class decorated by `@register`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor, dtype
+
+Fields = dict[str, Tensor]
+
+
+class Field(NamedTuple):
+    """Shape and dtype of one tensor of a format."""
+
+    shape: tuple[int, ...]
+    dtype: dtype
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The unpacked decision for one linear.
+
+    codes: unsigned integer codes, uint8 [N, K].
+    params: the format's other tensors by field name (scales, zeros, offsets), as stored.
+    """
+
+    codes: Tensor
+    params: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
+    """One byte layout with its parameters; subclasses add fields such as bits and group."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refuses(self, n: int, k: int) -> str | None:
+        """Why an [n, k] matrix cannot be stored in this format, or None."""
+
+    @abstractmethod
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        """Name -> shape and dtype of every stored tensor. The code tensor is `weight_packed`."""
+
+    @abstractmethod
+    def pack(self, codes: Codes) -> Fields:
+        """Codes -> contiguous tensors exactly as `fields` says."""
+
+    @abstractmethod
+    def unpack(self, fields: Mapping[str, Tensor], n: int, k: int) -> Codes:
+        """Inverse of `pack`."""
+
+    @abstractmethod
+    def dequantize(self, codes: Codes) -> Tensor:
+        """The float32 [N, K] matrix that the codes stand for."""
+
+    def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
+        """Raise ValueError, naming the first stored tensor whose presence, shape, dtype or range is wrong."""
+        for name, (shape, kind) in self.fields(n, k).items():
+            if name not in fields:
+                raise ValueError(f"{name} is missing; {self.name} stores {sorted(self.fields(n, k))}")
+            given = fields[name]
+            if tuple(given.shape) != shape or given.dtype != kind:
+                raise ValueError(
+                    f"{name} is {given.dtype} {tuple(given.shape)}; {self.name} needs {kind} {shape} for a [{n}, {k}] weight"
+                )
+            if given.is_floating_point() and not given.isfinite().all():
+                raise ValueError(f"{name} holds a NaN or an infinity; the checkpoint is damaged, quantize again")
+
+    def stored_bytes(self, n: int, k: int) -> int:
+        """Bytes of all fields of one [n, k] weight."""
+        total = 0
+        for shape, kind in self.fields(n, k).values():
+            size = kind.itemsize
+            for dim in shape:
+                size *= dim
+            total += size
+        return total
+
+    def bits_per_weight(self, n: int, k: int) -> float:
+        """Stored bits per weight, scales and zeros included."""
+        return 8 * self.stored_bytes(n, k) / (n * k)
+
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `from_config` makes an equal object."""
+        return {"name": self.name, **asdict(self)}
+
+
+FORMATS: dict[str, type[Format]] = {}
+F = TypeVar("F", bound=type[Format])
+
+
+def register(cls: F) -> F:
+    """Class decorator: make a format known under its name."""
+    assert cls.name not in FORMATS, f"two formats are called {cls.name}"
+    FORMATS[cls.name] = cls
+    return cls
+
+
+def load_all() -> dict[str, type[Format]]:
+    """Import every file in `formats/` and return the registry."""
+    from quant.kernels import formats
+
+    for module in pkgutil.iter_modules(formats.__path__):
+        importlib.import_module(f"{formats.__name__}.{module.name}")
+    return FORMATS
+
+
+def from_config(config: Mapping[str, Any]) -> Format:
+    """Inverse of `Format.config`. Raises ValueError for an unknown format or parameter."""
+    values = dict(config)
+    name = values.pop("name", None)
+    known = load_all()
+    if name not in known:
+        raise ValueError(f"unknown format {name!r}; known: {', '.join(sorted(known))}")
+    allowed = known[name].__dataclass_fields__
+    for key in values:
+        if key not in allowed:
+            raise ValueError(f"format {name} has no parameter {key!r}; it has: {', '.join(allowed)}")
+    return known[name](**values)
+
+
+def fit_group(group: int, k: int) -> int | None:
+    """The group length used for K in features when `group` was asked for.
+
+    The rule: the largest divisor of K that is a multiple of 16 and at most `group`; -1 (per channel) stays.
+    576 with 128 asked gives 96. None when K has no such divisor.
+    """
+    if group == -1:
+        return -1
+    return next((g for g in range(min(group, k) // 16 * 16, 0, -16) if k % g == 0), None)

@@ -1,0 +1,69 @@
+"""`int4_dual`: dual-grained 4-bit weights whose integer step restores INT8, so the whole GEMM stays in integers.
+
+    w8[n, k] = u[n, k] * s2[n, k // G] + o[n, k // G]      exactly representable: -128 <= w8 <= 127 for all 16 codes
+    w[n, k]  = s1[n] * w8[n, k]
+
+u: unsigned 4-bit codes, two per byte, even k in the low nibble. s2 = `group_scale` (uint8), o = `group_offset` (int8),
+s1 = `row_scale` (float32). One storage form for DGQ (o = -z * s2), QoQ and LiquidQuant (o = group minimum).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.kernels.format import Codes, Field, Fields, Format, register
+from quant.kernels.formats.int_group import pack_bits, unpack_bits
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int4Dual(Format):
+    """group: a divisor of K (4 + 16/G + 32/K bits per weight)."""
+
+    name: ClassVar[str] = "int4_dual"
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.group < 2 or self.group % 2:
+            raise ValueError(f"group {self.group} is not allowed; int4_dual needs an even group length")
+
+    def refuses(self, n: int, k: int) -> str | None:
+        return f"group {self.group} does not divide K = {k}" if k % self.group else None
+
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        return {
+            "weight_packed": Field((n, k // 2), torch.uint8),
+            "group_scale": Field((n, k // self.group), torch.uint8),
+            "group_offset": Field((n, k // self.group), torch.int8),
+            "row_scale": Field((n,), torch.float32),
+        }
+
+    def pack(self, codes: Codes) -> Fields:
+        out = {"weight_packed": pack_bits(codes.codes, 4)}
+        return out | {name: t.contiguous() for name, t in codes.params.items()}
+
+    def unpack(self, fields: Mapping[str, Tensor], n: int, k: int) -> Codes:
+        params = {name: fields[name] for name in ("group_scale", "group_offset", "row_scale")}
+        return Codes(unpack_bits(fields["weight_packed"], 4, k), params)
+
+    def integers(self, codes: Codes) -> Tensor:
+        """w8: int8 [N, K], the first of the two dequantization steps."""
+        n, k = codes.codes.shape
+        s2 = codes.params["group_scale"].to(torch.int16).unsqueeze(-1)
+        o = codes.params["group_offset"].to(torch.int16).unsqueeze(-1)
+        return (codes.codes.view(n, -1, self.group).to(torch.int16) * s2 + o).to(torch.int8).view(n, k)
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        return self.integers(codes).float() * codes.params["row_scale"].unsqueeze(-1)
+
+    def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
+        super().check(fields, n, k)
+        top = 15 * fields["group_scale"].to(torch.int16) + fields["group_offset"].to(torch.int16)
+        if int(top.max()) > 127:
+            row = int(top.amax(1).argmax())
+            raise ValueError(f"group_scale and group_offset of row {row} reach {int(top.max())}; int4_dual allows at most 127")

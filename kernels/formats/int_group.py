@@ -1,0 +1,105 @@
+"""`int_group`: b-bit integers with one scale (and zero point) per group of G weights along K.
+
+    w[n, k] = scale[n, k // G] * (code[n, k] - zero)       zero = 2^(b-1) when symmetric, stored when not
+
+Codes are a little-endian bit stream along each row: code k occupies bits k*b .. k*b+b-1. G = -1 is one group
+per row. Group scales are float16 on disk, row scales float32: a row scale costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.kernels.format import Codes, Field, Fields, Format, register
+
+BITS = (2, 3, 4, 8)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [N, K] -> little-endian bit stream, uint8 [N, K * bits / 8]. K * bits must divide by 8."""
+    n, k = codes.shape
+    if bits == 8:
+        return codes.contiguous()
+    planes = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1  # [N, K, bits]
+    octets = planes.view(n, k * bits // 8, 8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (octets * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of `pack_bits`: uint8 [N, K]."""
+    if bits == 8:
+        return packed.clone()
+    n = packed.shape[0]
+    planes = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    planes = planes.view(n, k, bits)
+    weights = 1 << torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (planes * weights).sum(-1, dtype=torch.uint8)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class IntGroup(Format):
+    """bits: 2, 3, 4 or 8. group: any divisor of K, or -1. symmetric: no stored zero point."""
+
+    name: ClassVar[str] = "int_group"
+    bits: int = 4
+    group: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"int_group has no {self.bits}-bit codes; allowed: {', '.join(map(str, BITS))}")
+        if self.group != -1 and self.group < 1:
+            raise ValueError(f"group {self.group} is not allowed; give a positive length, or -1 for one scale per row")
+
+    def groups(self, k: int) -> int:
+        """Groups per row."""
+        return 1 if self.group == -1 else k // self.group
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """dtype of `weight_scale` on disk. Quantizers round to it before they choose codes."""
+        return torch.float32 if self.group == -1 else torch.float16
+
+    def refuses(self, n: int, k: int) -> str | None:
+        if self.group != -1 and k % self.group:
+            return f"group {self.group} does not divide K = {k}"
+        if k * self.bits % 8:
+            return f"a row of K = {k} {self.bits}-bit codes is not a whole number of bytes"
+        return None
+
+    def fields(self, n: int, k: int) -> dict[str, Field]:
+        groups = self.groups(k)
+        out = {
+            "weight_packed": Field((n, k * self.bits // 8), torch.uint8),
+            "weight_scale": Field((n, groups), self.scale_dtype),
+        }
+        if not self.symmetric:
+            out["weight_zero"] = Field((n, groups), torch.uint8)
+        return out
+
+    def pack(self, codes: Codes) -> Fields:
+        out = {"weight_packed": pack_bits(codes.codes, self.bits)}
+        return out | {name: t.contiguous() for name, t in codes.params.items()}
+
+    def unpack(self, fields: Mapping[str, Tensor], n: int, k: int) -> Codes:
+        params = {name: fields[name] for name in self.fields(n, k) if name != "weight_packed"}
+        return Codes(unpack_bits(fields["weight_packed"], self.bits, k), params)
+
+    def dequantize(self, codes: Codes) -> Tensor:
+        n, k = codes.codes.shape
+        scale = codes.params["weight_scale"].float()  # [N, K // G]
+        zero = 2.0 ** (self.bits - 1) if self.symmetric else codes.params["weight_zero"].float().unsqueeze(-1)
+        grouped = codes.codes.view(n, scale.shape[1], -1).float()
+        return ((grouped - zero) * scale.unsqueeze(-1)).view(n, k)
+
+    def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
+        super().check(fields, n, k)
+        if not self.symmetric and self.bits < 8 and int(fields["weight_zero"].max()) >= 2**self.bits:
+            raise ValueError(f"weight_zero holds {int(fields['weight_zero'].max())}; {self.bits} bits allow 0 to {2**self.bits - 1}")

@@ -1,0 +1,1 @@
+"""lowbit: turns float Hugging Face checkpoints into low-bit ones that load where people already serve."""
