@@ -101,5 +101,5 @@ class IntGroup(Format):
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         super().check(fields, n, k)
-        if not self.symmetric and self.bits < 8 and int(fields["weight_zero"].max()) >= 2**self.bits:
-            raise ValueError(f"weight_zero holds {int(fields['weight_zero'].max())}; {self.bits} bits allow 0 to {2**self.bits - 1}")
+        if not self.symmetric and self.bits < 8 and (top := int(fields["weight_zero"].max())) >= 2**self.bits:
+            raise ValueError(f"weight_zero holds {top}; {self.bits} bits allow 0 to {2**self.bits - 1}")
