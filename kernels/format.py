@@ -66,6 +66,10 @@ class Format(ABC):
     def dequantize(self, codes: Codes) -> Tensor:
         """The float32 [N, K] matrix that the codes stand for."""
 
+    @abstractmethod
+    def nearest(self, weight: Tensor) -> Codes:
+        """Round-to-nearest codes of a float32 [N, K] weight: the baseline every method has to beat."""
+
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         """Raise ValueError, naming the first stored tensor whose presence, shape, dtype or range is wrong."""
         for name, (shape, kind) in self.fields(n, k).items():

@@ -20,6 +20,24 @@ from quant.kernels.format import Codes, Field, Fields, Format, register
 from quant.kernels.formats.int_group import pack_bits, unpack_bits
 
 
+def largest_step(zero: Tensor) -> Tensor:
+    """Largest s2 for which all 16 codes stay inside int8: (15 - z) * s2 <= 127 and z * s2 <= 128. At most 16."""
+    above = torch.floor(127 / (15 - zero).clamp_min(0.5))
+    below = torch.floor(128 / zero.clamp_min(0.5))
+    return torch.minimum(above, below)
+
+
+def factor_steps(step: Tensor, zero: Tensor, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Float steps [N, K // G] -> row_scale [N] and integer steps s2 [N, K // G] with step ~ row_scale * s2.
+
+    With `ratio` 1 the row scale is the smallest that fits every group under `largest_step`; below 1 it is finer, and
+    the widest groups are held at the largest step that cannot overflow.
+    """
+    most = largest_step(zero)
+    row_scale = ratio * (step / most).amax(-1)
+    return row_scale, torch.minimum(torch.round(step / row_scale.unsqueeze(-1)).clamp_min_(1), most)
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
 class Int4Dual(Format):
@@ -60,6 +78,26 @@ class Int4Dual(Format):
 
     def dequantize(self, codes: Codes) -> Tensor:
         return self.integers(codes).float() * codes.params["row_scale"].unsqueeze(-1)
+
+    def nearest(self, weight: Tensor) -> Codes:
+        step, zero = IntGroup(bits=4, group=self.group).range_grid(weight)
+        row_scale, s2 = factor_steps(step, zero)
+        return self.encode(weight, row_scale, s2, zero)
+
+    def encode(self, weight: Tensor, row_scale: Tensor, s2: Tensor, zero: Tensor) -> Codes:
+        """Round a float32 [N, K] weight to the grid row_scale[n] * s2[n, g] * (u - zero[n, g])."""
+        n, k = weight.shape
+        step = (row_scale.unsqueeze(-1) * s2).unsqueeze(-1)
+        u = (torch.round(weight.view(n, -1, self.group) / step) + zero.unsqueeze(-1)).clamp_(0, 15)
+        return Codes(u.to(torch.uint8).view(n, k), self.params(row_scale, s2, zero))
+
+    def params(self, row_scale: Tensor, s2: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """The stored tensors for row scales [N] and integer steps and zero points [N, K // G]."""
+        return {
+            "group_scale": s2.to(torch.uint8),
+            "group_offset": (-zero * s2).to(torch.int8),
+            "row_scale": row_scale.float(),
+        }
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         super().check(fields, n, k)

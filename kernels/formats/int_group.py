@@ -99,6 +99,36 @@ class IntGroup(Format):
         grouped = codes.codes.view(n, scale.shape[1], -1).float()
         return ((grouped - zero) * scale.unsqueeze(-1)).view(n, k)
 
+    def range_grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero point, float32 [N, K // G], that just cover each group's range (0 included).
+
+        The step is already rounded to the dtype it is stored in.
+        """
+        grouped = weight.view(weight.shape[0], self.groups(weight.shape[1]), -1)
+        if self.symmetric:
+            step = grouped.abs().amax(-1) / (2 ** (self.bits - 1) - 1)
+            return self.storable(step), torch.full_like(step, 2.0 ** (self.bits - 1))
+        low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+        step = self.storable((high - low) / (2**self.bits - 1))
+        return step, torch.round(-low / step).clamp_(0, 2**self.bits - 1)
+
+    def storable(self, step: Tensor) -> Tensor:
+        """A step as it will be read back: rounded to `scale_dtype`, positive, 1 where the group is all zero."""
+        tiny = torch.finfo(self.scale_dtype).smallest_normal
+        return torch.where(step > 0, step.clamp_min(tiny), 1.0).to(self.scale_dtype).float()
+
+    def params(self, step: Tensor, zero: Tensor) -> dict[str, Tensor]:
+        """The stored tensors for a grid of steps and zero points [N, K // G]."""
+        out = {"weight_scale": step.to(self.scale_dtype)}
+        return out if self.symmetric else out | {"weight_zero": zero.to(torch.uint8)}
+
+    def nearest(self, weight: Tensor) -> Codes:
+        step, zero = self.range_grid(weight)
+        grouped = weight.view(weight.shape[0], step.shape[1], -1)
+        low = 1 if self.symmetric else 0  # the symmetric grid keeps -absmax .. absmax
+        codes = (torch.round(grouped / step.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp_(low, 2**self.bits - 1)
+        return Codes(codes.to(torch.uint8).view(weight.shape), self.params(step, zero))
+
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         super().check(fields, n, k)
         if not self.symmetric and self.bits < 8 and (top := int(fields["weight_zero"].max())) >= 2**self.bits:

@@ -1,0 +1,29 @@
+"""Quantization error propagation: aim at the float chain's output although the inputs come from quantized blocks.
+
+    W' = W + strength * W (C - H) (H + damp * mean(diag H) * I)^-1,   H = X^T X,  C = X_float^T X
+
+W' minimizes ||W X_float - W' X||^2, so a layer repairs some of what earlier blocks lost (Arai and Ichikawa, 2025;
+GPTAQ, Li et al., 2025, uses the same term inside the rounding). strength 0 is plain layer-wise quantization.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from quant.passes.base import Corrector
+from quant.stats import InputStats
+
+
+class Pass(Corrector):
+    """strength: 0 to 1, how much of the correction to apply. damp: ridge, as a share of the mean Gram diagonal."""
+
+    strength: float = Field(0.5, ge=0, le=1)
+    damp: float = Field(0.1, gt=0)
+
+    def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
+        h = stats.gram.double()
+        ridge = self.damp * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+        shift = torch.linalg.solve(h + ridge, (stats.cross.double() - h).T).T  # (C - H) (H + ridge)^-1
+        return weight + self.strength * (weight @ shift.float())

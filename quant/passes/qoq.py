@@ -1,0 +1,50 @@
+"""QoQ: progressive quantization (Lin et al., 2024, QServe). INT8 per row inside a protective range, then u4 of the integers.
+
+    Q8 = round(w / s1),  s1 = absmax / 119,  |Q8| <= 119
+    s2 = round((max - min) / 15) in 1..16,  z = round(-min / s2) in 0..15
+119 is the largest bound for which every group's 16 codes stay inside int8 with a zero point in 0..15.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.kernels.format import Codes, Format
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.passes.base import Quantizer
+from quant.rounding import gptq_codes
+from quant.stats import InputStats
+
+PROTECTIVE_RANGE = 119
+
+
+class Pass(Quantizer):
+    """gptq: choose the 4-bit codes by GPTQ rounding on the progressive grid (QoQ does) instead of to nearest."""
+
+    gptq: bool = True
+
+    def refuses(self, fmt: Format) -> str | None:
+        return None if isinstance(fmt, Int4Dual) else f"qoq writes int4_dual, not {fmt.name}"
+
+    def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
+        assert isinstance(fmt, Int4Dual)
+        q8, row_scale, s2, zero = progressive_grid(weight, fmt.group)
+        params = fmt.params(row_scale, s2, zero)
+        if self.gptq:
+            return Codes(gptq_codes(weight, stats.gram, row_scale.unsqueeze(-1) * s2, zero, 16), params)
+        grouped = q8.view(weight.shape[0], -1, fmt.group)
+        codes = (torch.round(grouped / s2.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp_(0, 15)
+        return Codes(codes.to(torch.uint8).view(weight.shape), params)
+
+
+def progressive_grid(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First-level integers Q8 [N, K], row_scale [N], s2 and zero [N, K // G], all float32 holding integers but row_scale."""
+    n = weight.shape[0]
+    absmax = weight.abs().amax(-1)
+    row_scale = torch.where(absmax > 0, absmax / PROTECTIVE_RANGE, 1.0)
+    q8 = torch.round(weight / row_scale.unsqueeze(-1)).clamp_(-PROTECTIVE_RANGE, PROTECTIVE_RANGE)
+    grouped = q8.view(n, -1, group)
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    s2 = torch.round((high - low) / 15).clamp_(1, 16)
+    return q8, row_scale, s2, torch.round(-low / s2).clamp_(0, 15)

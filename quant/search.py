@@ -1,0 +1,67 @@
+"""Clipping search on Gram blocks: which step and zero point lose least at a group's output.
+
+The loss of a group is d^T H_gg d with d = w_g - q_g and H_gg the G x G block of X^T X on the diagonal, so its cost
+does not depend on how many tokens were seen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RATIOS = tuple(1.02 - 0.02 * i for i in range(1, 26))  # 1.00 down to 0.52
+
+
+def gram_blocks(gram: Tensor, group: int) -> Tensor:
+    """The diagonal blocks of a [K, K] Gram matrix: [K // G, G, G]."""
+    count = gram.shape[0] // group
+    view = gram.view(count, group, count, group)
+    return view[torch.arange(count), :, torch.arange(count), :]
+
+
+def block_loss(error: Tensor, blocks: Tensor) -> Tensor:
+    """d^T H_gg d: error [N, K // G, G], blocks [K // G, G, G] -> [N, K // G]."""
+    by_group = error.transpose(0, 1)  # [K // G, N, G]
+    return (torch.bmm(by_group, blocks) * by_group).sum(-1).T
+
+
+def output_error(error: Tensor, gram: Tensor) -> float:
+    """Sum over rows of d^T H d: error [N, K], gram [K, K]; in the units of the layer's squared output, summed over tokens."""
+    return float(((error @ gram) * error).sum())
+
+
+def search_grid(
+    weight: Tensor, blocks: Tensor, levels: int, symmetric: bool = False, ratios: tuple[float, ...] = RATIOS
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point per group that minimize the block loss over `ratios` of the group's range.
+
+    weight float32 [N, K], blocks [K // G, G, G], levels = 2^bits. Returns step, zero, float32 [N, K // G]. The range
+    is widened to hold 0, so that zero lies inside 0 .. levels - 1. Ratio 1 is in the grid, hence the loss never
+    exceeds plain round-to-nearest. (DGQ, official code, phase 1, with the two changes above.)
+    """
+    n = weight.shape[0]
+    w = weight.view(n, blocks.shape[0], -1)
+    if symmetric:
+        span = w.abs().amax(-1) / (levels // 2 - 1)
+        low = torch.zeros_like(span)
+    else:
+        low = w.amin(-1).clamp_max(0)
+        span = (w.amax(-1).clamp_min(0) - low) / (levels - 1)
+    span = torch.where(span > 0, span, 1.0)
+    best = torch.full_like(span, torch.inf)
+    step, zero = span.clone(), torch.zeros_like(span)
+    for ratio in ratios:
+        s = span * ratio
+        z = torch.full_like(s, levels / 2) if symmetric else torch.round(-low * ratio / s).clamp_(0, levels - 1)
+        loss = block_loss(w - on_grid(w, s, z, levels), blocks)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        step = torch.where(better, s, step)
+        zero = torch.where(better, z, zero)
+    return step, zero
+
+
+def on_grid(w: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+    """w [N, K // G, G] rounded to step * (0 .. levels - 1 minus zero)."""
+    s, z = step.unsqueeze(-1), zero.unsqueeze(-1)
+    return (torch.round(w / s).clamp_(-z, levels - 1 - z)) * s

@@ -1,0 +1,70 @@
+"""What is known about the inputs of a group of linears that read the same tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class InputStats:
+    """Sums over calibration tokens, float32 on the device the block ran on.
+
+    gram: X^T X of the quantized chain, [K, K].
+    cross: X_float^T X of the float chain against the quantized chain, [K, K].
+    sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
+    token_absmax: the absmax of each token: a list of [tokens].
+    tokens: tokens seen, padding excluded.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    sample_absmax: list[Tensor] = field(default_factory=list)
+    token_absmax: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, k: int, device: torch.device) -> InputStats:
+        return cls(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device))
+
+    def add(self, x: Tensor, x_float: Tensor, mask: Tensor | None) -> None:
+        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding."""
+        for row in range(x.shape[0]):
+            keep = slice(None) if mask is None else mask[row]
+            here, there = x[row][keep].float(), x_float[row][keep].float()
+            if not len(here):
+                continue
+            size = here.abs()
+            self.sample_absmax.append(size.amax(0))
+            self.token_absmax.append(size.amax(1))
+            self.tokens += len(here)
+            self.gram.addmm_(here.T, here)
+            self.cross.addmm_(there.T, here)
+
+    @property
+    def absmax(self) -> Tensor:
+        """Per channel, over all samples: [K]."""
+        return torch.stack(self.sample_absmax).amax(0)
+
+    def channel_quantile(self, q: float) -> Tensor:
+        """Per channel, the q-quantile over samples of the sample's absmax: [K]. q = 0 is DGQ's minimum over samples."""
+        return torch.stack(self.sample_absmax).quantile(q, dim=0)
+
+    def token_quantile(self, q: float) -> float:
+        """The q-quantile over tokens of the token's absmax."""
+        return float(torch.cat(self.token_absmax).quantile(q))
+
+    def divide_channels(self, r: Tensor) -> None:
+        """Follow a fold that divides channel j of X by r[j]."""
+        self.gram /= r.unsqueeze(0) * r.unsqueeze(1)
+        self.cross /= r.unsqueeze(0) * r.unsqueeze(1)
+        self.sample_absmax = [a / r for a in self.sample_absmax]
+
+    def require_finite(self, names: list[str]) -> None:
+        """Raise ValueError naming the layers whose inputs held a NaN or an infinity, or that saw no token at all."""
+        if not self.tokens:
+            raise ValueError(f"{names[0]} received no calibration data; leave it in float with a rule {{match: {names[0]}, skip: true}}")
+        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
+            raise ValueError(f"the calibration inputs of {names[0]} hold a NaN or an infinity; check the model and the calibration data")
