@@ -65,6 +65,10 @@ class InputStats:
     def require_finite(self, names: list[str]) -> None:
         """Raise ValueError naming the layers whose inputs held a NaN or an infinity, or that saw no token at all."""
         if not self.tokens:
-            raise ValueError(f"{names[0]} received no calibration data; leave it in float with a rule {{match: {names[0]}, skip: true}}")
+            raise ValueError(
+                f"{names[0]} received no calibration data; leave it in float with a rule {{match: {names[0]}, skip: true}}"
+            )
         if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
-            raise ValueError(f"the calibration inputs of {names[0]} hold a NaN or an infinity; check the model and the calibration data")
+            raise ValueError(
+                f"the calibration inputs of {names[0]} hold a NaN or an infinity; check the model and the calibration data"
+            )

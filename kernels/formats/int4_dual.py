@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.format import Codes, Field, Fields, Format, register
-from quant.kernels.formats.int_group import pack_bits, unpack_bits
+from quant.kernels.formats.int_group import IntGroup, pack_bits, unpack_bits
 
 
 def largest_step(zero: Tensor) -> Tensor:
