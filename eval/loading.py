@@ -1,0 +1,90 @@
+"""Opens either side of a comparison: a folder this package wrote, or a float checkpoint, as an ordinary transformers model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+Kind = Literal["text", "speech"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; ValueError names the file when it is absent or is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}; give a model folder with a config.json") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; a model folder's JSON files hold an object")
+    return found
+
+
+def is_ours(folder: Path) -> bool:
+    """True for a folder written by `quantize`."""
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get("quant_method")
+    return method == "lowbit"
+
+
+def kind(folder: Path) -> Kind:
+    """Whether `folder` holds a speech recognizer (an encoder-decoder that hears) or a causal language model."""
+    config = read_json(folder / "config.json")
+    if not config.get("is_encoder_decoder"):
+        return "text"
+    if config.get("model_type") in {"whisper", "moonshine", "speech_to_text"}:
+        return "speech"
+    raise ValueError(
+        f"{folder} is an encoder-decoder of type {config.get('model_type')!r}; evaluated are causal language models and "
+        "speech recognizers (whisper, moonshine, speech_to_text)"
+    )
+
+
+def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """The model of `folder` in eval mode, float tensors as `dtype`, on `device`; quantized linears stay packed."""
+    if is_ours(folder):
+        import quant
+
+        return quant.load(folder, dtype=dtype, device=device).eval()
+    from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
+
+    auto = AutoModelForSpeechSeq2Seq if kind(folder) == "speech" else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def source(folder: Path) -> str | None:
+    """The float model recorded as the origin of a quantized `folder`; None where nothing is recorded."""
+    path = folder / "report.json"
+    recorded = read_json(path).get("source") if path.is_file() else None
+    return str(recorded) if recorded else None
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes on disk of the safetensors files of `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far.
+
+    Linux keeps `ru_maxrss` across fork and exec, so a child would report its parent's peak; VmHWM belongs to one address space.
+    """
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers, for reports."""
+    import platform
+
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

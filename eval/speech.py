@@ -1,0 +1,314 @@
+"""Speech recognition quality: word error rate free-running, fidelity teacher-forced, loops, and speed.
+
+    WER = (substitutions + deletions + insertions) / reference words, pooled over the corpus (not a mean of clip WERs)
+
+Both models transcribe each clip greedily at batch 1. The decoder is then compared token by token on the *reference
+model's* greedy ids, which needs no normalizer and no transcript and resolves changes that WER cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from quant.eval.divergence import Divergence, Fidelity, ratio_error
+from quant.eval.perplexity import Progress
+
+RATE = 16_000  # Hz, of every clip
+LOOP_TIMES = 4
+LOOP_LONGEST = 16  # words of the repeated phrase
+
+
+class Clip(Protocol):
+    """What is read of a clip; `quant.audio.Clip` is one."""
+
+    @property
+    def path(self) -> Path | str: ...
+    @property
+    def samples(self) -> Any: ...  # float32 [S] at 16 kHz, numpy or torch
+    @property
+    def text(self) -> str | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcription:
+    """One model over all clips. Edits count normalized words of the clips that have a transcript."""
+
+    words: int  # of the transcripts
+    substitutions: int
+    deletions: int
+    insertions: int
+    wer: float | None  # None when no clip has a transcript
+    wer_error: float | None  # standard error over clips
+    loops: int  # transcripts that repeat a phrase without end or run into the length limit
+    seconds: float  # features, encoder and decoder, all clips
+    rtf: float  # seconds / seconds of audio; below 1 is faster than real time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One clip: what was said, and what each model heard (texts before normalization)."""
+
+    file: str
+    text: str | None
+    transcript: str
+    reference_transcript: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechResult:
+    """A model on a set of clips and, where a reference was given, how it differs from it."""
+
+    clips: int
+    audio_seconds: float
+    normalizer: str
+    model: Transcription
+    lines: tuple[Line, ...]
+    reference: Transcription | None = None
+    wer_change: float | None = None  # model minus reference
+    wer_change_error: float | None = None  # paired over clips
+    changed: int | None = None  # clips whose transcript is not the reference model's, letter by letter
+    fidelity: Fidelity | None = None  # teacher-forced on the reference's greedy ids, end-of-text included
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Word edits of one clip; `words` of its transcript."""
+
+    words: int
+    substitutions: int
+    deletions: int
+    insertions: int
+
+    @property
+    def errors(self) -> int:
+        """All edits together."""
+        return self.substitutions + self.deletions + self.insertions
+
+
+def edits(text: str, heard: str) -> Edits:
+    """Minimal word edits that turn `heard` into `text`; both normalized, words split at spaces, `text` may be empty."""
+    out = jiwer.process_words(text, heard)
+    return Edits(len(text.split()), out.substitutions, out.deletions, out.insertions)
+
+
+def loops(text: str) -> bool:
+    """True when a phrase of 1 to LOOP_LONGEST words occurs LOOP_TIMES times in a row: the mark of a decoder gone round."""
+    words = text.split()
+    for size in range(1, min(LOOP_LONGEST, len(words) // LOOP_TIMES) + 1):
+        run = 0  # words in a row that equal the word `size` before them
+        for at in range(size, len(words)):
+            run = run + 1 if words[at] == words[at - size] else 0
+            if run >= size * (LOOP_TIMES - 1):
+                return True
+    return False
+
+
+def normalizer(processor: Any, language: str, folder: Path | None = None) -> tuple[Callable[[str], str], str]:
+    """Whisper's own text normalizer for `language` (code, "en" or other) and its name for the report.
+
+    The English one wants the table of British spellings OpenAI publishes. It is taken from the tokenizer, from
+    `normalizer.json` in the model's `folder`, or from an installed whisper-normalizer or openai-whisper package;
+    without any, British and American spellings count as different words and the name says so.
+    """
+    if language != "en":
+        return BasicTextNormalizer(), "whisper-basic"
+    spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
+    for path in [] if spelling else _spelling_files(folder):
+        if path.is_file():
+            spelling = json.loads(path.read_text(encoding="utf-8"))
+            break
+    name = "whisper-english" if spelling else "whisper-english without spelling map"
+    return EnglishTextNormalizer(spelling or {}), name
+
+
+def _spelling_files(folder: Path | None) -> list[Path]:
+    files = [folder / "normalizer.json"] if folder is not None else []
+    for package in ("whisper_normalizer", "whisper"):
+        spec = find_spec(package)  # located, not imported
+        files += (
+            [Path(root) / "normalizers" / "english.json" for root in (spec.submodule_search_locations or [])] if spec else []
+        )
+    return files
+
+
+class Recognizer:
+    """A speech sequence-to-sequence model with its processor: greedy ids, decoder logits, text."""
+
+    def __init__(self, model: Module, processor: Any, language: str) -> None:
+        self.model: Any = model.eval()
+        self.processor = processor
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        self.device, self.dtype = weight.device, weight.dtype
+        config = self.model.generation_config
+        self.options = {"language": language, "task": "transcribe"} if getattr(config, "is_multilingual", False) else {}
+        eos = config.eos_token_id
+        self.eos = set(eos if isinstance(eos, list) else [eos])
+        self.special = set(processor.tokenizer.all_special_ids)
+
+    def features(self, samples: Any) -> dict[str, Tensor]:
+        """Inputs of the model for one clip: `input_features` [1, bins, frames], or what its processor makes."""
+        made = self.processor(np.asarray(samples, dtype=np.float32), sampling_rate=RATE, return_tensors="pt")
+        return {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in made.items()
+        }
+
+    def greedy(self, features: dict[str, Tensor]) -> Tensor:
+        """Ids [T] of the greedy transcript: prompt, text, and end-of-text unless the length limit came first."""
+        out = self.model.generate(**features, **self.options, num_beams=1, do_sample=False, return_dict_in_generate=True)
+        ids: Tensor = out.sequences[0]
+        return ids
+
+    def prompt_length(self, ids: Tensor) -> int:
+        """How many leading ids were given, not predicted (start, language, task, no-timestamps)."""
+        size = 0
+        for token in ids.tolist():
+            if token not in self.special or token in self.eos:
+                break
+            size += 1
+        return size
+
+    def logits(self, features: dict[str, Tensor], ids: Tensor) -> Tensor:
+        """Decoder logits [T - 1, V] for ids[1:] given the audio and ids[:-1]."""
+        out: Tensor = self.model(**features, decoder_input_ids=ids[None, :-1].to(self.device), use_cache=False).logits[0]
+        return out
+
+    def text(self, ids: Tensor) -> str:
+        """The transcript, without special tokens."""
+        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def finished(self, ids: Tensor) -> bool:
+        """False when decoding stopped at the length limit."""
+        return int(ids[-1]) in self.eos
+
+
+class _Tally:
+    """Edits, loops and seconds of one model, clip by clip."""
+
+    def __init__(self, normalize: Callable[[str], str]) -> None:
+        self.normalize = normalize
+        self.edits: list[Edits] = []
+        self.loops = 0
+        self.seconds = 0.0
+
+    def add(self, text: str | None, heard: str, finished: bool, seconds: float) -> None:
+        plain = self.normalize(heard).strip()
+        expected = self.normalize(text).strip() if text is not None else ""
+        if text is not None:
+            self.edits.append(edits(expected, plain))
+        self.loops += (loops(plain) and not loops(expected)) or not finished
+        self.seconds += seconds
+
+    def errors(self) -> np.ndarray:
+        return np.array([e.errors for e in self.edits], dtype=np.float64)
+
+    def words(self) -> np.ndarray:
+        return np.array([e.words for e in self.edits], dtype=np.float64)
+
+    def summary(self, audio_seconds: float) -> Transcription:
+        words = sum(e.words for e in self.edits)
+        return Transcription(
+            words=words,
+            substitutions=sum(e.substitutions for e in self.edits),
+            deletions=sum(e.deletions for e in self.edits),
+            insertions=sum(e.insertions for e in self.edits),
+            wer=sum(e.errors for e in self.edits) / words if words else None,
+            wer_error=ratio_error(self.errors(), self.words()),
+            loops=self.loops,
+            seconds=self.seconds,
+            rtf=self.seconds / audio_seconds,
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Module,
+    reference: Module | None,
+    processor: Any,
+    clips: Sequence[Clip],
+    *,
+    language: str = "en",
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> SpeechResult:
+    """Transcribe `clips` with `model` and, if given, `reference`; both use `processor` and the language code `language`.
+
+    `folder` is where a `normalizer.json` may lie. Raises ValueError for no clips and for clips longer than the model's
+    window, which would be cut silently.
+    """
+    if not clips:
+        raise ValueError("no clips to evaluate: give --audio a folder or jsonl that lists at least one")
+    limit = getattr(getattr(processor, "feature_extractor", None), "n_samples", None)  # Whisper: 30 s
+    for clip in clips:
+        if limit is not None and len(clip.samples) > limit:
+            raise ValueError(
+                f"{clip.path} lasts {len(clip.samples) / RATE:.1f} s; the model hears {limit / RATE:.0f} s at once: cut it into shorter clips"
+            )
+    normalize, normalizer_name = normalizer(processor, language, folder)
+    ours = Recognizer(model, processor, language)
+    theirs = Recognizer(reference, processor, language) if reference is not None else None
+    tally, ref_tally = _Tally(normalize), _Tally(normalize)
+    divergence = Divergence()
+    lines: list[Line] = []
+    for recognizer in (ours, theirs):
+        if recognizer is not None:
+            recognizer.greedy(recognizer.features(clips[0].samples))  # the first call pays for set-up; keep it out of the RTF
+
+    for at, clip in enumerate(clips):
+        features, heard, _ = _transcribe(ours, clip, tally)
+        ref_heard = None
+        if theirs is not None:
+            ref_features, ref_heard, ids = _transcribe(theirs, clip, ref_tally)
+            skip = max(theirs.prompt_length(ids), 1)
+            ref_logits, logits = theirs.logits(ref_features, ids), ours.logits(features, ids)
+            if len(ids) > skip:
+                divergence.add(ref_logits[skip - 1 :].to(ours.device), logits[skip - 1 :], ids[skip:].to(ours.device), group=at)
+        lines.append(Line(file=str(clip.path), text=clip.text, transcript=heard, reference_transcript=ref_heard))
+        if progress is not None:
+            progress(at + 1, len(clips))
+
+    audio_seconds = sum(len(clip.samples) for clip in clips) / RATE
+    summary = tally.summary(audio_seconds)
+    result = SpeechResult(
+        clips=len(clips), audio_seconds=audio_seconds, normalizer=normalizer_name, model=summary, lines=tuple(lines)
+    )
+    if theirs is None:
+        return result
+    ref_summary = ref_tally.summary(audio_seconds)
+    return replace(
+        result,
+        reference=ref_summary,
+        wer_change=None if summary.wer is None or ref_summary.wer is None else summary.wer - ref_summary.wer,
+        wer_change_error=ratio_error(tally.errors() - ref_tally.errors(), tally.words()),
+        changed=changed(lines),
+        fidelity=divergence.fidelity(),
+    )
+
+
+def changed(lines: Sequence[Line]) -> int:
+    """Clips on which the two models wrote different text."""
+    return sum(line.transcript != line.reference_transcript for line in lines)
+
+
+def _transcribe(recognizer: Recognizer, clip: Clip, tally: _Tally) -> tuple[dict[str, Tensor], str, Tensor]:
+    """Features, transcript and greedy ids of one clip; edits, loops and time go into `tally`."""
+    start = time.perf_counter()
+    features = recognizer.features(clip.samples)
+    ids = recognizer.greedy(features).cpu()
+    seconds = time.perf_counter() - start
+    heard = recognizer.text(ids)
+    tally.add(clip.text, heard, recognizer.finished(ids), seconds)
+    return features, heard, ids
