@@ -1,7 +1,7 @@
 """A Llama checkpoint from a GGUF file: weights dequantized to float16, configuration, tokenizer, chat template.
 
 Only what a demo model needs: architecture `llama`, a byte-level BPE vocabulary, tied or separate head. Nothing in the file is
-executed. One tensor at a time is float32; the rest is held as the float16 that is written.
+executed. A few rows at a time are float32; the rest is held as the float16 that is written.
 
 GGUF stores the query and key projections with each head's rows interleaved for adjacent-pair rotary embedding; transformers
 rotates the two halves of a head, so the rows are put back:  row 2i + j of a head  ->  row j * head_dim / 2 + i,  j in {0, 1}.
@@ -9,9 +9,12 @@ rotates the two halves of a head, so the rows are put back:  row 2i + j of a hea
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +33,8 @@ NAMES = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}  # transformers' word -> GGUF's
+CHUNK_VALUES = 1 << 22  # values dequantized at once
 CONTROL_TOKEN = 3  # value in tokenizer.ggml.token_type
 
 
@@ -72,12 +77,13 @@ def convert(gguf_file: Path, out: Path) -> None:
     heads_of = {"attn_q": heads, "attn_k": kv_heads}
     state = {}
     for tensor in reader.tensors:
-        # GGUFReader gives the raw blocks in row-major order; a copy keeps no reference to the mapped file
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        # a few rows at a time, because the temporaries of a whole embedding would be the peak of memory
+        blocks = np.array_split(tensor.data, math.ceil(tensor.n_elements / CHUNK_VALUES))
+        weight = torch.cat([torch.from_numpy(dequantize(rows, tensor.tensor_type)).half() for rows in blocks])
         stem = tensor.name.split(".")[-2]
         if stem in heads_of:
             weight = unpermute(weight, heads_of[stem])
-        state[hf_name(tensor.name)] = weight.half().contiguous()
+        state[hf_name(tensor.name)] = weight.contiguous()
 
     special = {f"{kind}_token_id": meta(f"tokenizer.ggml.{key}_token_id") for kind, key in SPECIAL.items()}
     config = LlamaConfig(
@@ -100,9 +106,6 @@ def convert(gguf_file: Path, out: Path) -> None:
     config.save_pretrained(out)
     GenerationConfig(**{key: special[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}).save_pretrained(out)
     _save_tokenizer(meta, out)
-
-
-SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 def _save_tokenizer(meta: Any, out: Path) -> None:
@@ -130,3 +133,6 @@ def _save_tokenizer(meta: Any, out: Path) -> None:
         clean_up_tokenization_spaces=False,
         **{name: tokens[i] for name, i in names.items() if i is not None},
     ).save_pretrained(out)
+    # transformers 5 writes the name of its own base class, which version 4 does not know; both know this one
+    path = out / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")

@@ -22,10 +22,10 @@ from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual, factor_steps, largest_step
 from quant.passes.base import Quantizer
 from quant.rounding import gptq_codes
-from quant.search import block_loss, gram_blocks, on_grid, search_grid
+from quant.search import block_loss, by_rows, gram_blocks, on_grid, search_grid
 from quant.stats import InputStats
 
-ROW_RATIOS = tuple(1.02 - 0.02 * i for i in range(1, 41))  # 1.00 down to 0.22
+ROW_RATIOS = tuple(1.0 - 0.04 * i for i in range(20))  # 1.00 down to 0.24
 
 
 class Pass(Quantizer):
@@ -42,10 +42,7 @@ class Pass(Quantizer):
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         assert isinstance(fmt, Int4Dual)
         blocks = gram_blocks(stats.gram, fmt.group)
-        step, zero = search_grid(weight, blocks, 16)
-        row_scale, s2 = search_row_scale(weight, blocks, step, zero)
-        if self.refine:
-            s2, zero = refine_groups(weight, blocks, row_scale, s2, zero)
+        row_scale, s2, zero = by_rows(lambda rows: self.search(rows, blocks), weight)
         if self.round == "nearest":
             codes = fmt.encode(weight, row_scale, s2, zero).codes
         else:
@@ -53,6 +50,12 @@ class Pass(Quantizer):
         if self.refit:
             row_scale = refit_row_scale(weight, stats.gram, fmt, Codes(codes, fmt.params(row_scale, s2, zero)))
         return Codes(codes, fmt.params(row_scale, s2, zero))
+
+    def search(self, weight: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The dual grid of some rows: row_scale [N], s2 and zero [N, K // G]."""
+        step, zero = search_grid(weight, blocks, 16)
+        row_scale, s2 = search_row_scale(weight, blocks, step, zero)
+        return row_scale, *(refine_groups(weight, blocks, row_scale, s2, zero) if self.refine else (s2, zero))
 
 
 def search_row_scale(

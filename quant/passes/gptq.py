@@ -10,7 +10,7 @@ from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int_group import IntGroup
 from quant.passes.base import Quantizer
 from quant.rounding import gptq_codes
-from quant.search import gram_blocks, search_grid
+from quant.search import by_rows, gram_blocks, search_grid
 from quant.stats import InputStats
 
 
@@ -30,7 +30,7 @@ class Pass(Quantizer):
         step, zero = fmt.range_grid(weight)
         if self.search:
             blocks = gram_blocks(stats.gram, weight.shape[1] // step.shape[1])
-            step, zero = search_grid(weight, blocks, levels, fmt.symmetric)
+            step, zero = by_rows(lambda rows: search_grid(rows, blocks, levels, fmt.symmetric), weight)
             step = fmt.storable(step)
         codes = gptq_codes(weight, stats.gram, step, zero, levels, act_order=self.act_order, damp=self.damp)
         return Codes(codes.to(torch.uint8), fmt.params(step, zero))

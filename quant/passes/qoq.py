@@ -2,7 +2,8 @@
 
     Q8 = round(w / s1),  s1 = absmax / 119,  |Q8| <= 119
     s2 = round((max - min) / 15) in 1..16,  z = round(-min / s2) in 0..15
-119 is the largest bound for which every group's 16 codes stay inside int8 with a zero point in 0..15.
+With |Q8| <= 119 no code that rounding to nearest picks leaves int8. GPTQ may pick any of the 16, so s2 is also held at
+the largest step that is safe for all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.format import Codes, Format
-from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int4_dual import Int4Dual, largest_step
 from quant.passes.base import Quantizer
 from quant.rounding import gptq_codes
 from quant.stats import InputStats
@@ -47,4 +48,5 @@ def progressive_grid(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor
     grouped = q8.view(n, -1, group)
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     s2 = torch.round((high - low) / 15).clamp_(1, 16)
-    return q8, row_scale, s2, torch.round(-low / s2).clamp_(0, 15)
+    zero = torch.round(-low / s2).clamp_(0, 15)
+    return q8, row_scale, torch.minimum(s2, largest_step(zero)), zero
