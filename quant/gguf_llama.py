@@ -79,7 +79,7 @@ def convert(gguf_file: Path, out: Path) -> None:
     for tensor in reader.tensors:
         # a few rows at a time, because the temporaries of a whole embedding would be the peak of memory
         blocks = np.array_split(tensor.data, math.ceil(tensor.n_elements / CHUNK_VALUES))
-        weight = torch.cat([torch.from_numpy(dequantize(rows, tensor.tensor_type)).half() for rows in blocks])
+        weight = torch.cat([torch.tensor(dequantize(rows, tensor.tensor_type), dtype=torch.float16) for rows in blocks])
         stem = tensor.name.split(".")[-2]
         if stem in heads_of:
             weight = unpermute(weight, heads_of[stem])
