@@ -35,9 +35,10 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+HUB_SKIPPED = ["*/*", "consolidated*"]  # other copies of the same weights
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
@@ -88,7 +89,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
     except GatedRepoError as error:
         raise ValueError(f"{name} is gated on the hub; accept its terms there and run `hf auth login`") from error
     except RepositoryNotFoundError as error:
@@ -104,18 +105,23 @@ def _from_hub(name: str) -> Path:
 def index(folder: Path) -> dict[str, Entry]:
     """Tensor name -> where it lies, for all weights of `folder`, from the safetensors headers.
 
-    A sharded model follows `model.safetensors.index.json`; otherwise every *.safetensors file in the folder counts.
+    The index file decides if there is one, else model.safetensors, else every *.safetensors file in the folder counts.
     Raises ValueError for missing, truncated or malformed files and for a folder with pickle weights only.
     """
     listing = folder / INDEX
     if listing.is_file():
         weight_map = _read_json(listing).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{listing} has no weight_map of tensor name to file; download the model again")
+        # a bare file name, so that a hostile index cannot point outside the folder
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+        ):
+            raise ValueError(f"{listing} has no weight_map of tensor name to file in this folder; download the model again")
         files = [folder / file for file in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {len(missing)} of {len(files)} shards named in {INDEX}: {', '.join(missing[:4])}")
+    elif (folder / "model.safetensors").is_file():
+        weight_map, files = None, [folder / "model.safetensors"]
     else:
         weight_map, files = None, sorted(folder.glob("*.safetensors"))
     if not files:
@@ -136,10 +142,11 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not pickles:
         return f"{folder} has no weights; *.safetensors files are needed beside config.json"
+    architectures = _read_json(folder / "config.json").get("architectures") or ["AutoModel"]
     return (
-        f"{folder} has only pickle weights ({pickles[0]}), which can run code when loaded; in an environment where you trust it: "
-        f"python -c \"from transformers import AutoModel as M; M.from_pretrained('{folder}', dtype='auto')"
-        ".save_pretrained('SAFE', safe_serialization=True)\" (with the Auto class of your task), then give SAFE"
+        f"{folder} has only pickle weights ({pickles[0]}), and loading a pickle can run code; where you trust it, run "
+        f'python -c "from transformers import {architectures[0]} as M; '
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('SAFE')\", add the tokenizer files, give SAFE"
     )
 
 
@@ -159,14 +166,16 @@ def read_header(file: Path) -> dict[str, Entry]:
         for name, info in json.loads(raw).items():
             if name == "__metadata__":
                 continue
-            dtype, shape = DTYPES[info["dtype"]], tuple(info["shape"])
+            if info["dtype"] not in DTYPES:
+                raise ValueError(f"{name} has dtype {info['dtype']}, known are {', '.join(DTYPES)}")
             start, stop = (8 + length + int(offset) for offset in info["data_offsets"])
-            entries[name] = Entry(file, dtype, shape, start, stop)
-            if not 8 + length <= start <= stop or stop - start != entry_bytes(entries[name]):
+            entry = Entry(file, DTYPES[info["dtype"]], tuple(info["shape"]), start, stop)
+            if min(entry.shape, default=0) < 0 or start < 8 + length or stop - start != entry_bytes(entry):
                 raise ValueError(f"{name} has byte range {info['data_offsets']} for {info['dtype']} {info['shape']}")
+            entries[name] = entry
             end = max(end, stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has a damaged header ({error}); download it again") from error
+        raise ValueError(f"{file} has a header that cannot be used ({error}); download it again") from error
     if end > size:
         raise ValueError(f"{file} is cut short: {size} bytes, its header describes {end}; download it again")
     return entries
