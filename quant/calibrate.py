@@ -1,0 +1,175 @@
+"""Block-streamed calibration: two chains of hidden states, one block in memory.
+
+The float chain is what the float model sees; the quantized chain is what a block sees behind quantized blocks. A stack's
+inputs are caught by running the model up to the stack's first block; stacks that are done answer with their stored output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.folds import InputGroup
+from quant.stacks import Stack
+from quant.stats import InputStats
+
+
+@dataclass
+class Sample:
+    """Keyword inputs of one forward pass [B, ...], and token masks (False = padding) by sequence length: L -> [B, L]."""
+
+    inputs: dict[str, Tensor]
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Chain:
+    """hidden: the block input of each sample. calls: what else the block is given, per sample (args, kwargs)."""
+
+    hidden: list[Tensor]
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def run(self, block: nn.Module, index: int) -> Tensor:
+        """The block's output for one sample."""
+        args, kwargs = self.calls[index]
+        return first(block(self.hidden[index], *args, **kwargs))
+
+
+class Caught(Exception):
+    """Stops a forward pass at the block whose inputs were wanted."""
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states of a block's output."""
+    tensor = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+@contextmanager
+def forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
+    """Replace the forward of some modules for a while."""
+    for module, forward in replacements.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in replacements:
+            del module.forward
+
+
+@torch.no_grad()
+def catch(model: nn.Module, stacks: list[Stack], at: int, samples: list[Sample], finals: list[list[Tensor]]) -> Chain:
+    """The inputs of stack `at` for every sample; `finals[s][i]` is the output of stack s < at for sample i."""
+    chain = Chain([], [])
+
+    def stop(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
+        chain.hidden.append(hidden.detach())
+        chain.calls.append((args, kwargs))
+        raise Caught
+
+    for index, sample in enumerate(samples):
+        replacements: dict[nn.Module, Any] = {model.get_submodule(stacks[at].blocks[0]): stop}
+        for stack, outputs in zip(stacks[:at], finals, strict=True):
+            for position, name in enumerate(stack.blocks):
+                stored = outputs[index] if position == 0 else None
+                replacements[model.get_submodule(name)] = lambda x, *a, stored=stored, **k: x if stored is None else stored
+        with forwards(replacements):
+            try:
+                model(**sample.inputs, use_cache=False)
+            except Caught:
+                continue
+        raise ValueError(f"the model never ran {stacks[at].blocks[0]} on the calibration data; give data that reaches it")
+    return chain
+
+
+class Recorder:
+    """Sees which tensor each linear reads and which norm made it, while a block runs."""
+
+    def __init__(self, name: str, block: nn.Module, targets: list[str]) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.made: dict[str, Tensor] = {}
+        self.handles = []
+        for target in targets:
+            module = block.get_submodule(target.removeprefix(f"{name}."))
+            self.handles.append(module.register_forward_pre_hook(self._reader(target)))
+        for leaf, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                self.handles.append(module.register_forward_hook(self._maker(f"{name}.{leaf}")))
+
+    def _reader(self, target: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.inputs[target] = args[0]
+
+        return hook
+
+    def _maker(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.made[name] = output
+
+        return hook
+
+    def groups(self) -> list[tuple[list[str], str | None]]:
+        """Targets that read one tensor, with the norm that made it, in the order they ran."""
+        found: list[tuple[Tensor, list[str]]] = []
+        for target, tensor in self.inputs.items():
+            mates = next((names for other, names in found if other is tensor), None)
+            if mates is None:
+                found.append((tensor, [target]))
+            else:
+                mates.append(target)
+        return [(names, next((m for m, out in self.made.items() if out is tensor), None)) for tensor, names in found]
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def capture(
+    name: str, block: nn.Module, targets: list[str], float_chain: Chain, quant_chain: Chain, samples: list[Sample]
+) -> list[InputGroup]:
+    """Run a float block on both chains and sum the statistics of each linear's input.
+
+    float_chain.hidden is replaced by the block's outputs; quant_chain is left as it is.
+    """
+    recorder = Recorder(name, block, targets)
+    groups: list[InputGroup] = []
+    try:
+        for index, sample in enumerate(samples):
+            output = float_chain.run(block, index)
+            inputs_float = dict(recorder.inputs)
+            quant_chain.run(block, index)
+            float_chain.hidden[index] = output
+            if index == 0:
+                for names, maker in recorder.groups():
+                    x = recorder.inputs[names[0]]
+                    groups.append(InputGroup(names, InputStats.empty(x.shape[-1], x.device), maker))
+            for group in groups:
+                x = recorder.inputs[group.names[0]]
+                mask = sample.masks.get(x.shape[1]) if x.dim() == 3 else None
+                rows = x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
+                group.stats.add(rows, inputs_float[group.names[0]].view_as(rows), mask)
+    finally:
+        recorder.close()
+    missing = sorted(set(targets) - {n for g in groups for n in g.names})
+    if missing:
+        raise ValueError(
+            f"{missing[0]} received no calibration data; leave it in float with the rule {{match: {missing[0]}, skip: true}}"
+        )
+    for group in groups:
+        group.stats.require_finite(group.names)
+    return groups
+
+
+@torch.no_grad()
+def advance(block: nn.Module, chain: Chain) -> None:
+    """Replace the chain's hidden states by the block's outputs."""
+    for index in range(len(chain.hidden)):
+        chain.hidden[index] = chain.run(block, index)

@@ -1,0 +1,107 @@
+"""Channel folds: divide channel j where it is made by r[j], multiply where it is read. The block's output must not move.
+
+Who made a tensor is found while the block runs (a norm's output is the very tensor a linear reads) or by name for
+linear -> linear pairs. Whether the fold is legal is not assumed: the block runs before and after, and a fold that changes
+the output is undone and reported. So an architecture that reads a norm's output elsewhere is refused, not broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quant.stats import InputStats
+
+FEEDS = {"down_proj": "up_proj", "o_proj": "v_proj", "out_proj": "v_proj"}  # reader <- maker; linear in the maker's rows
+TOLERANCE = 1e-3  # relative; float32 rounding of a whole block stays far below, a wrong fold far above
+
+
+@dataclass
+class InputGroup:
+    """Linears that read one tensor. maker: the norm in the block whose output that tensor is, if any."""
+
+    names: list[str]
+    stats: InputStats
+    maker: str | None
+
+
+@dataclass
+class BlockView:
+    """A float32 block, its input groups, and `run`, which gives its output on a sample in float32."""
+
+    name: str
+    block: nn.Module
+    groups: list[InputGroup]
+    run: Callable[[], Tensor]
+    stored_dtype: Callable[[str], torch.dtype]
+    changed: set[str] = field(default_factory=set)
+
+    def module(self, name: str) -> nn.Module:
+        """A submodule by its full name."""
+        return self.block.get_submodule(name.removeprefix(f"{self.name}."))
+
+    def linear(self, name: str) -> nn.Linear:
+        module = self.module(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def maker_of(self, group: InputGroup) -> str | None:
+        """Name of the norm or linear whose output channels are this group's input channels."""
+        if group.maker is not None:
+            return group.maker
+        parent, _, leaf = group.names[0].rpartition(".")
+        name = f"{parent}.{FEEDS.get(leaf, '')}"
+        try:
+            return name if isinstance(self.module(name), nn.Linear) else None
+        except AttributeError:
+            return None
+
+    def fold(self, group: InputGroup, r: Tensor) -> str | None:
+        """Divide the group's input channels by r [K] at their maker; returns why it was refused, or None."""
+        maker_name = self.maker_of(group)
+        if maker_name is None:
+            return "no norm or linear in the block makes its input"
+        maker = self.module(maker_name)
+        shared = share_over_heads(r, maker, self.module(maker_name.rpartition(".")[0]))
+        if shared is None:
+            return f"{maker_name} makes {maker.weight.shape[0]} channels, {len(r)} are read"
+        at_maker, r = shared
+        before = self.run()
+        touched = {f"{maker_name}.weight": maker.weight, f"{maker_name}.bias": getattr(maker, "bias", None)}
+        touched |= {f"{name}.weight": self.linear(name).weight for name in group.names}
+        saved = {name: (p, p.detach().clone()) for name, p in touched.items() if p is not None}
+        for name, (param, _) in saved.items():
+            if name.startswith(f"{maker_name}."):
+                param.data /= at_maker.view(-1, *[1] * (param.dim() - 1))
+                if not isinstance(maker, nn.Linear):  # a norm is stored, so it takes its rounding now
+                    param.data = param.data.to(self.stored_dtype(name)).float()
+            else:
+                param.data *= r
+        after = self.run()
+        moved = float((after - before).norm() / before.norm().clamp_min(1e-12))
+        if not moved < TOLERANCE:
+            for param, old in saved.values():
+                param.data = old
+            return f"it changes the block's output by {moved:.1e} of its norm"
+        group.stats.divide_channels(r)
+        self.changed |= saved.keys()
+        return None
+
+
+def share_over_heads(r: Tensor, maker: nn.Module, parent: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """(r at the maker, r at the reader). With grouped-query attention several reader channels share one maker channel,
+    so they share the largest factor. None when the widths do not divide.
+    """
+    width = maker.weight.shape[0]
+    assert isinstance(width, int)
+    if width == len(r):
+        return r, r
+    head = getattr(parent, "head_dim", None)
+    if not isinstance(head, int) or len(r) % width or width % head:
+        return None
+    by_head = r.view(width // head, len(r) // width, head)
+    shared = by_head.amax(1, keepdim=True)
+    return shared.reshape(-1), shared.expand_as(by_head).reshape(-1)

@@ -1,0 +1,132 @@
+"""PackedLinear: the module that stands where a float linear stood. Format + activation rule + bias, one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, choose
+from quant.kernels.format import Fields, Format
+
+
+class PackedLinear(nn.Module):
+    """y = quantize(x) @ dequantize(weight)^T + bias, the weight packed.
+
+    The format's tensors are parameters under their own names until the first forward, which chooses a kernel and
+    hands them over ("bind"): from then on only the kernel's layout is in memory. The state dict always holds the
+    canonical bytes. Integer codes and scales keep their dtype under `.to(dtype)`; the bias follows it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fmt: Format,
+        activation: str,
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format, self.activation = fmt, activation
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        for name, (shape, kind) in fmt.fields(out_features, in_features).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
+        empty = torch.empty(out_features, dtype=self.compute_dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+        self.kernel: Kernel | None = None
+        self.refusals: dict[str, str] = {}
+        self._prepared: Prepared = ()
+        self._spec: MatmulSpec | None = None
+
+    @classmethod
+    def from_fields(
+        cls, fields: Mapping[str, Tensor], fmt: Format, activation: str, n: int, k: int, bias: Tensor | None
+    ) -> PackedLinear:
+        """A packed layer [n, k] around existing tensors; raises ValueError when they do not fit the format."""
+        fmt.check(fields, n, k)
+        layer = cls(k, n, fmt, activation, bias=bias is not None, device="meta", dtype=None if bias is None else bias.dtype)
+        for name, value in fields.items():
+            layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            self.bind()
+        assert self.kernel is not None and self._spec is not None
+        flat = x.reshape(-1, self.in_features)
+        y = self.kernel.matmul(flat.contiguous(), self._prepared, self.bias, self._spec)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def fields(self) -> Fields:
+        """The canonical tensors, bound or not."""
+        if self.kernel is not None:
+            assert self._spec is not None
+            return self.kernel.restore(self._prepared, self._spec)
+        return {name: self._parameters[name].data for name in self._field_names()}  # type: ignore[union-attr]
+
+    def bind(self) -> None:
+        """Choose the kernel for the device the tensors are on and change to its layout. Checks ranges first."""
+        fields = self.fields()
+        self.format.check(fields, self.out_features, self.in_features)
+        device = fields["weight_packed"].device.type
+        spec = MatmulSpec(
+            n=self.out_features, k=self.in_features, format=self.format, activation=self.activation, device=device
+        )
+        kernel, self.refusals = choose(spec)
+        self._prepared, self._spec, self.kernel = kernel.prepare(fields, spec), spec, kernel
+        for name in fields:
+            self._parameters[name] = None
+
+    def unbind(self) -> None:
+        """Back to canonical tensors as parameters."""
+        if self.kernel is None:
+            return
+        fields = self.fields()
+        self.kernel, self._prepared, self._spec = None, (), None
+        for name, value in fields.items():
+            self._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized [N, K] weight in the compute dtype; made anew at each access."""
+        fields = self.fields()
+        codes = self.format.unpack(fields, self.out_features, self.in_features)
+        return self.format.dequantize(codes).to(self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        kernel = self.kernel.name if self.kernel else "unbound"
+        return f"{self.in_features}, {self.out_features}, {self.format}, activation={self.activation}, kernel={kernel}"
+
+    def _field_names(self) -> list[str]:
+        return list(self.format.fields(self.out_features, self.in_features))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        self.unbind()
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        for name in self._field_names():
+            old = self._parameters[name]
+            assert old is not None
+            new = fn(old.data)
+            if new.dtype != old.dtype:
+                new = old.data.to(new.device)
+            self._parameters[name] = nn.Parameter(new, requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, value in self.fields().items():
+            destination[prefix + name] = value
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unbind()
+        super()._load_from_state_dict(*args)

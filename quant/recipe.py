@@ -1,0 +1,159 @@
+"""Recipes: YAML -> frozen Recipe. Unknown keys are errors that name the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quant.kernels.activation import ACTIVATIONS
+from quant.kernels.format import Format, from_config
+from quant.passes import base
+
+T = TypeVar("T", bound=BaseModel)
+FOLDER = Path(__file__).parent / "recipes"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(Frozen):
+    """How much data: `tokens` in windows of `length` for text, `clips` for audio. source: as `--calib`."""
+
+    tokens: int = Field(16384, ge=1)
+    length: int = Field(512, ge=8)
+    clips: int = Field(40, ge=1)
+    source: str | None = None
+
+
+class Rule(Frozen):
+    """Layers whose name matches `match` (a shell pattern). skip leaves them in float; format and activation override."""
+
+    match: str
+    skip: bool = False
+    format: dict[str, Any] = {}
+    activation: str | None = None
+
+
+class Recipe(Frozen):
+    """passes: name -> options, in order. format: as Format.config. rules: the first that matches decides."""
+
+    name: str
+    description: str
+    format: dict[str, Any]
+    activation: str
+    passes: tuple[dict[str, dict[str, Any] | None], ...]
+    rules: tuple[Rule, ...] = ()
+    calibration: Calibration = Calibration()
+    seed: int = 0
+
+    def build_passes(self) -> list[base.BasePass]:
+        """The passes with their options checked."""
+        built = []
+        for entry in self.passes:
+            ((name, options),) = entry.items()
+            if name not in base.names():
+                raise ValueError(f"recipe {self.name} has no valid pass {name!r}; {nearest(name, base.names())}")
+            built.append(checked(base.find(name), options or {}, f"pass {name}"))
+        return built
+
+    def quantizer(self) -> base.Quantizer:
+        """The one pass that chooses codes."""
+        found = [p for p in self.build_passes() if isinstance(p, base.Quantizer)]
+        if len(found) != 1:
+            raise ValueError(f"recipe {self.name} has {len(found)} quantizers; exactly one pass must choose the codes")
+        return found[0]
+
+    def base_format(self) -> Format:
+        """The format that layers without a rule get."""
+        return from_config(self.format)
+
+    def dump(self) -> str:
+        """YAML that `load_recipe` reads back to an equal recipe."""
+        return str(yaml.safe_dump(self.model_dump(), sort_keys=False, width=120))
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """ "did you mean X?" or the list of what is allowed."""
+    options = sorted(allowed)
+    close = difflib.get_close_matches(given, options, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(options)}"
+
+
+def checked(cls: type[T], values: Mapping[str, Any], what: str) -> T:
+    """cls(**values), with the first thing that does not fit told in one line."""
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        where = ".".join(path) or what
+        if first["type"] == "extra_forbidden":
+            scope: type[BaseModel] = cls
+            for part in path[:-1]:
+                inner = scope.model_fields[part].annotation if part in scope.model_fields else None
+                scope = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else Rule
+            raise ValueError(f"{what} has no key {where!r}; {nearest(path[-1], scope.model_fields)}") from None
+        given = f", given {first['input']!r}" if first["type"] != "missing" else ""
+        raise ValueError(f"{what}: {where}: {first['msg'].lower()}{given}") from None
+
+
+def available() -> dict[str, str]:
+    """Recipe name -> description, for every recipe shipped."""
+    return {path.stem: yaml.safe_load(path.read_text())["description"] for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a .yaml file, with `key.key=value` overrides (values are YAML).
+
+    A key is a recipe key, a path into one (format.group, calibration.tokens), or pass.option (dgq.round). Raises
+    ValueError for unknown names and keys.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(
+                f"recipe file {name} does not exist; give a recipe name ({', '.join(available())}) or a .yaml file"
+            )
+    else:
+        path = FOLDER / f"{name}.yaml"
+        if name not in available():
+            raise ValueError(f"unknown recipe {name!r}; {nearest(name, available())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a recipe: expected keys such as name, format, passes")
+    for override in overrides:
+        apply_override(values, override)
+    recipe = checked(Recipe, values, f"recipe {path.stem}")
+    if recipe.activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {recipe.activation!r}; {nearest(recipe.activation, ACTIVATIONS)}")
+    recipe.base_format(), recipe.quantizer()
+    return recipe
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key.key=value` in a recipe's raw values."""
+    key, eq, text = override.partition("=")
+    if not eq:
+        raise ValueError(f"--set {override!r} has no '='; write key=value, for instance format.group=128")
+    *path, leaf = key.strip().split(".")
+    passes = {name: entry for entry in values.get("passes", []) for name in entry}
+    if path and path[0] in passes:
+        options = passes[path[0]][path[0]] or {}
+        passes[path[0]][path[0]] = options | {leaf: yaml.safe_load(text)}
+        return
+    top = path[0] if path else leaf
+    if top not in Recipe.model_fields:
+        raise ValueError(f"recipe {values.get('name')} has no key {top!r}; {nearest(top, [*Recipe.model_fields, *passes])}")
+    scope = values
+    for part in path:
+        scope = scope.setdefault(part, {})
+    scope[leaf] = yaml.safe_load(text)

@@ -1,0 +1,89 @@
+"""The model's shape without its weights: stacks of blocks that run one after another, and where each tensor is on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A module list whose blocks run in sequence, by name: ("model.layers", ("model.layers.0", ...))."""
+
+    name: str
+    blocks: tuple[str, ...]
+
+
+def empty_model(folder: Path) -> Any:
+    """The transformers model of a folder with all parameters on the meta device and real buffers.
+
+    Raises ValueError when config.json names no class that this transformers knows.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantized already; give the float model it was made from")
+    names = config.architectures or []
+    cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    if cls is None:
+        raise ValueError(
+            f"{folder}/config.json names architecture {names or 'none'}; transformers {transformers.__version__} has no such class"
+        )
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=torch.float32)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """Outermost module lists whose entries are of one class and all hold an nn.Linear, in the order they are defined.
+
+    transformers defines encoders before decoders, which is also the order they run in.
+    """
+    stacks: list[Stack] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{outer.name}.") for outer in stacks):
+            continue
+        same = len({type(block) for block in module}) == 1
+        if same and all(any(type(m) is nn.Linear for m in block.modules()) for block in module):
+            stacks.append(Stack(name, tuple(f"{name}.{i}" for i in range(len(module)))))
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no list of blocks that hold linear layers; nothing to quantize")
+    return stacks
+
+
+def disk_names(model: nn.Module, on_disk: Iterable[str]) -> dict[str, str]:
+    """Parameter name in memory -> tensor name on disk, for every parameter that is stored.
+
+    Names agree for most models; composite models are renamed by transformers on loading, and a checkpoint of a bare
+    base model lacks the leading component. The longest common suffix decides, if it is unique.
+    """
+    stored = set(on_disk)
+    by_tail: dict[str, list[str]] = {}
+    for name in stored:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            by_tail.setdefault(".".join(parts[i:]), []).append(name)
+    found: dict[str, str] = {}
+    for name, _ in model.named_parameters():
+        if name in stored:
+            found[name] = name
+            continue
+        parts = name.split(".")
+        for i in range(1, len(parts) - 1):
+            candidates = by_tail.get(".".join(parts[i:]), [])
+            if len(candidates) == 1:
+                found[name] = candidates[0]
+            if candidates:
+                break
+    return found

@@ -1,0 +1,111 @@
+"""Which linears are packed, in which format: rules over the live module tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from quant.kernels.format import Format, fit_group, from_config
+from quant.passes.base import Quantizer
+from quant.recipe import Recipe, Rule
+from quant.stacks import Stack
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # serving stacks fuse these: one scheme for all
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear to pack. note: what differs from the recipe and why."""
+
+    name: str
+    n: int
+    k: int
+    bias: bool
+    format: Format
+    activation: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Targets by name in module order, and every linear that stays in float with its reason."""
+
+    targets: dict[str, Target]
+    kept: dict[str, str]
+
+
+def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
+    """Apply the recipe's rules to every nn.Linear.
+
+    Linears outside the stacks (heads, projectors) stay in float. Raises ValueError for a rule that matches nothing, a
+    layer whose K no group fits, and fused neighbours with different schemes.
+    """
+    quantizer, base = recipe.quantizer(), recipe.base_format()
+    blocks = tuple(f"{block}." for stack in stacks for block in stack.blocks)
+    targets: dict[str, Target] = {}
+    kept: dict[str, str] = {}
+    used: set[int] = set()
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
+            continue
+        if not name.startswith(blocks):
+            kept[name] = "outside the blocks (head or projector)"
+            continue
+        index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if fnmatchcase(name, r.match)), (-1, None))
+        used.add(index)
+        if rule is not None and rule.skip:
+            kept[name] = f"rule {rule.match!r}"
+            continue
+        targets[name] = target_for(name, module, base, recipe.activation, rule, quantizer)
+    for i, rule in enumerate(recipe.rules):
+        if i not in used:
+            known = ", ".join(list(targets)[:3])
+            raise ValueError(f"rule {rule.match!r} decides no layer; it must match names such as {known}")
+    if not targets:
+        raise ValueError(f"recipe {recipe.name} leaves every layer in float; its rules skip all of them")
+    require_fused(targets, kept)
+    return Selection(targets, kept)
+
+
+def target_for(name: str, module: nn.Linear, base: Format, activation: str, rule: Rule | None, quantizer: Quantizer) -> Target:
+    """The scheme of one linear, its group fitted to K."""
+    n, k = module.out_features, module.in_features
+    fmt, note = base, ""
+    if rule is not None and rule.format:
+        same = rule.format.get("name", base.name) == base.name
+        fmt = from_config({**(base.config() if same else {}), **rule.format})
+    asked: Any = getattr(fmt, "group", -1)
+    fitted = fit_group(asked, k)
+    if fitted is None:
+        raise ValueError(
+            f"{name} has K = {k}, which no multiple of 16 up to group {asked} divides; "
+            f"add the rule {{match: {name}, skip: true}} or {{match: {name}, format: {{group: -1}}}}"
+        )
+    if fitted != asked:
+        fmt, note = replace(fmt, group=fitted), f"group {fitted}: {asked} does not divide K = {k}"  # type: ignore[call-arg]
+    reason = fmt.refuses(n, k) or quantizer.refuses(fmt)
+    if reason:
+        raise ValueError(f"{name} cannot be quantized: {reason}")
+    act = activation if rule is None or rule.activation is None else rule.activation
+    return Target(name, n, k, module.bias is not None, fmt, act, note)
+
+
+def require_fused(targets: dict[str, Target], kept: Iterable[str]) -> None:
+    """q, k, v and gate, up must share one scheme, or no serving stack can fuse them."""
+    float_layers = set(kept)
+    for name, target in targets.items():
+        parent, _, leaf = name.rpartition(".")
+        for family in FUSED:
+            for other in (f"{parent}.{sibling}" for sibling in family if leaf in family and sibling != leaf):
+                mate = targets.get(other)
+                same_input = mate is not None and mate.k == target.k
+                if other in float_layers or (
+                    same_input and (mate.format, mate.activation) != (target.format, target.activation)
+                ):  # type: ignore[union-attr]
+                    raise ValueError(
+                        f"{name} and {other} need one scheme, because serving stacks fuse them; use one rule for both"
+                    )
