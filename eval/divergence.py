@@ -42,7 +42,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """fp32 negative log-likelihood [T] of `targets` [T] under `logits` [T, V], in nats."""
     parts = [
         -picked_log_prob(torch.log_softmax(rows.float(), dim=-1), wanted)
-        for rows, wanted in zip(logits.split(SLICE_TOKENS), targets.split(SLICE_TOKENS), strict=True)
+        for rows, wanted in zip(torch.split(logits, SLICE_TOKENS), torch.split(targets, SLICE_TOKENS), strict=True)
     ]
     return torch.cat(parts)
 
@@ -78,7 +78,7 @@ class Divergence:
                 "a comparison needs one vocabulary: give --against the float model this one was made from"
             )
         losses: list[tuple[Tensor, Tensor]] = []
-        for ref, got, wanted in zip(*(x.split(SLICE_TOKENS) for x in (reference, logits, targets)), strict=True):
+        for ref, got, wanted in zip(*(torch.split(x, SLICE_TOKENS) for x in (reference, logits, targets)), strict=True):
             lp, lq = torch.log_softmax(ref.float(), dim=-1), torch.log_softmax(got.float(), dim=-1)
             p = lp.exp()
             # A token the reference excludes (p = 0, ln p = -inf) contributes nothing, whatever the model says.
@@ -122,7 +122,7 @@ def _grouped_error(values: np.ndarray, group: np.ndarray) -> float | None:
 
 
 def ratio_error(numerator: np.ndarray, denominator: np.ndarray) -> float | None:
-    """Standard error of sum(numerator) / sum(denominator) over independent units (first-order, e.g. errors per words of a clip)."""
+    """First-order standard error of sum(numerator) / sum(denominator) over independent units (clips, windows)."""
     units, total = len(numerator), float(np.sum(denominator))
     if units < 2 or total == 0:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,24 @@ def source(folder: Path) -> str | None:
     return str(recorded) if recorded else None
 
 
+def sides(out: str, against: str | None, say: Callable[[str], None]) -> tuple[Path, Path | None]:
+    """Folders of the model and of its reference: `against`, else the recorded source; None, and `say` why, without either."""
+    from quant.models import resolve
+
+    folder = resolve(out)
+    if against is not None:
+        return folder, resolve(against)
+    recorded = source(folder)
+    if recorded is None:
+        say(f"{out} records no source and --against is not given: measured without a reference")
+        return folder, None
+    try:
+        return folder, resolve(recorded)
+    except ValueError as error:
+        say(f"the recorded source {recorded!r} is not there ({error}): measured without a reference; name it with --against")
+        return folder, None
+
+
 def weight_bytes(folder: Path) -> int:
     """Bytes on disk of the safetensors files of `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -79,6 +98,14 @@ def peak_rss_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))
+
+
+def quiet() -> None:
+    """Keep transformers to errors: its progress bars and generation advice drown a report."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,9 @@ It is not lm-eval's word perplexity, nor llama.cpp's (512-token windows, second 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ class Scorer:
         """`sample` [1, T]: a few token ids of the corpus for the measurement."""
         self.model = model
         self.device = next(model.parameters()).device
-        head, base = model.get_output_embeddings(), model.base_model  # type: ignore[operator]
+        transformer: Any = model
+        head, base = transformer.get_output_embeddings(), transformer.base_model
         self.split = head is not None and base is not model and self._is_plain(base, head, sample.to(self.device))
         self._base, self._head = base, head
 
@@ -143,6 +145,21 @@ def evaluate(
         ratio_error=ratio_error,
         fidelity=divergence.fidelity(),
     )
+
+
+def cut(tokenizer: Any, documents: Sequence[str], length: int, limit: int | None = None) -> tuple[Tensor, int]:
+    """Evaluation windows [W, L] of a corpus and its token count before the remainder was dropped.
+
+    The documents are joined by blank lines and tokenized once, so windows follow the text and may span documents.
+    `limit` keeps the first windows only. Raises ValueError when the text does not fill one window.
+    """
+    ids = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < length:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, less than one window of {length}: give a longer text or a smaller --length"
+        )
+    count = len(ids) // length
+    return ids[: count * length].view(count, length)[:limit], len(ids)
 
 
 def _exp_mean(values: list[float]) -> tuple[float, float | None]:

@@ -152,7 +152,7 @@ class Recognizer:
         self.processor = processor
         weight = next(p for p in model.parameters() if p.is_floating_point())
         self.device, self.dtype = weight.device, weight.dtype
-        config = self.model.generation_config
+        config: Any = self.model.generation_config
         self.options = {"language": language, "task": "transcribe"} if getattr(config, "is_multilingual", False) else {}
         eos = config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos])
@@ -166,9 +166,14 @@ class Recognizer:
             for name, value in made.items()
         }
 
-    def greedy(self, features: dict[str, Tensor]) -> Tensor:
-        """Ids [T] of the greedy transcript: prompt, text, and end-of-text unless the length limit came first."""
-        out = self.model.generate(**features, **self.options, num_beams=1, do_sample=False, return_dict_in_generate=True)
+    def greedy(self, features: dict[str, Tensor], **options: Any) -> Tensor:
+        """Ids [T] of the greedy transcript: prompt, text, and end-of-text unless the length limit came first.
+
+        `options` go to `generate` as well (length limits, a stop watch).
+        """
+        out = self.model.generate(
+            **features, **self.options, **options, num_beams=1, do_sample=False, return_dict_in_generate=True
+        )
         ids: Tensor = out.sequences[0]
         return ids
 
@@ -255,7 +260,8 @@ def evaluate(
     for clip in clips:
         if limit is not None and len(clip.samples) > limit:
             raise ValueError(
-                f"{clip.path} lasts {len(clip.samples) / RATE:.1f} s; the model hears {limit / RATE:.0f} s at once: cut it into shorter clips"
+                f"{clip.path} lasts {len(clip.samples) / RATE:.1f} s; the model hears {limit / RATE:.0f} s at once: "
+                "cut it into shorter clips"
             )
     normalize, normalizer_name = normalizer(processor, language, folder)
     ours = Recognizer(model, processor, language)

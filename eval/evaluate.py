@@ -1,0 +1,150 @@
+"""`quantize eval`: what a quantized model lost, measured against the model it came from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from quant.eval import harness, loading, perplexity, report, speech
+
+
+def text_part(
+    folder: Path, model: Any, reference: Any, source: str | None, length: int, limit: int | None, bar: perplexity.Progress
+) -> tuple[str, perplexity.TextResult, Any]:
+    """Name of the corpus, result, and tokenizer of a text model."""
+    from transformers import AutoTokenizer
+
+    from quant.text import documents
+
+    room = getattr(model.config, "max_position_embeddings", None)
+    if length < 2 or (room is not None and length > room):
+        raise ValueError(f"--length {length}; the model of {folder} takes windows of 2 to {room} tokens")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    corpus = documents(source, "eval")
+    windows, tokens = perplexity.cut(tokenizer, corpus.texts, length, limit)
+    return f"{corpus.name} ({tokens} tokens)", perplexity.evaluate(model, windows, reference, progress=bar), tokenizer
+
+
+def speech_part(
+    folder: Path, model: Any, reference: Any, source: str | None, limit: int | None, language: str, bar: perplexity.Progress
+) -> tuple[str, speech.SpeechResult]:
+    """Name of the clips and result of a speech recognizer."""
+    from quant.audio import clips
+    from transformers import AutoProcessor
+
+    if source is None:
+        raise ValueError(
+            "a speech model is evaluated on recordings: give --audio a folder of clips or a jsonl with file and text"
+        )
+    processor = AutoProcessor.from_pretrained(folder)
+    found: Sequence[speech.Clip] = clips(source, limit)
+    return source, speech.evaluate(model, reference, processor, found, language=language, folder=folder, progress=bar)
+
+
+def evaluate(
+    folder: Path,
+    against: Path | None,
+    *,
+    text: str | None = None,
+    audio: str | None = None,
+    length: int = 2048,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+    language: str = "en",
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: perplexity.Progress = lambda done, total: None,
+) -> report.Evaluation:
+    """Evaluate the model in `folder`, in the same pass `against` the one it came from; see `quantize eval --help`."""
+    kind = loading.kind(folder)
+    wrong = {"text": ("--audio", audio), "speech": ("--text or --tasks", text or tasks)}[kind]
+    if wrong[1]:
+        raise ValueError(f"{wrong[0]} does not apply: {folder} holds a {kind} model")
+    if against is not None and loading.kind(against) != kind:
+        raise ValueError(f"{folder} holds a {kind} model, {against} a {loading.kind(against)} model: they cannot be compared")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}; it must be at least 1")
+    start = time.perf_counter()
+    model = loading.load(folder, loading.DTYPES[dtype], device)
+    reference = loading.load(against, loading.DTYPES[dtype], device) if against is not None else None
+    text_result = speech_result = None
+    found: dict[str, dict[str, float | str]] = {}
+    reference_found: dict[str, dict[str, float | str]] = {}
+    if kind == "speech":
+        corpus, speech_result = speech_part(folder, model, reference, audio, limit, language, progress)
+    else:
+        corpus, text_result, tokenizer = text_part(folder, model, reference, text, length, limit, progress)
+        if tasks:
+            found = harness.evaluate(model, tokenizer, tasks, max_length=length)
+            if reference is not None:
+                reference_found = harness.evaluate(reference, tokenizer, tasks, max_length=length)
+    return report.Evaluation(
+        model=str(folder),
+        against=str(against) if against is not None else None,
+        corpus=corpus,
+        dtype=dtype,
+        device=device,
+        weight_bytes=loading.weight_bytes(folder),
+        reference_weight_bytes=loading.weight_bytes(against) if against is not None else None,
+        peak_rss_bytes=loading.peak_rss_bytes(),
+        seconds=time.perf_counter() - start,
+        versions=loading.versions(),
+        text=text_result,
+        speech=speech_result,
+        tasks=found,
+        reference_tasks=reference_found,
+    )
+
+
+@click.command("eval")
+@click.argument("out")
+@click.option("--against", help="The float model to compare with; default: the source recorded in OUT.")
+@click.option("--text", help="Text to score: a text or jsonl file, or a data set; default: the built-in evaluation text.")
+@click.option("--audio", help="Folder or jsonl of clips with transcripts, for speech models.")
+@click.option("--length", type=int, default=2048, show_default=True, help="Window length in tokens.")
+@click.option("--limit", type=int, help="Use the first so many windows or clips.")
+@click.option("--tasks", default="", help="lm-eval tasks, separated by commas: names or YAML paths.")
+@click.option("--language", default="en", show_default=True, help="Language code of the clips.")
+@click.option("--dtype", type=click.Choice([*loading.DTYPES]), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+def command(
+    out: str,
+    against: str | None,
+    text: str | None,
+    audio: str | None,
+    length: int,
+    limit: int | None,
+    tasks: str,
+    language: str,
+    dtype: str,
+    device: str,
+    json_path: Path | None,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement of OUT; word error rate for speech; lm-eval tasks."""
+    loading.quiet()
+    folder, other = loading.sides(out, against, click.echo)
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        job = bar.add_task("evaluating", total=None)
+        result = evaluate(
+            folder,
+            other,
+            text=text,
+            audio=audio,
+            length=length,
+            limit=limit,
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            language=language,
+            dtype=dtype,
+            device=device,
+            progress=lambda done, total: bar.update(job, completed=done, total=total),
+        )
+    report.show(result)
+    if json_path is not None:
+        report.write_json(result, json_path)

@@ -1,0 +1,215 @@
+"""Evaluation results as tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quant.eval.divergence import Fidelity
+from quant.eval.perplexity import TextResult
+from quant.eval.speech import SpeechResult, Transcription
+from quant.eval.speed import Side, SpeedResult, Spread
+
+CHANGES_SHOWN = 5
+METRICS = {
+    "prefill_tokens_per_s": "prefill, tokens/s",
+    "decode_tokens_per_s": "decode, tokens/s",
+    "first_token_ms": "time to first token, ms",
+    "rtf": "real-time factor",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything one `quantize eval` found out. Absent parts were not asked for or do not apply."""
+
+    model: str
+    against: str | None
+    corpus: str  # name of the text or of the clips
+    dtype: str
+    device: str
+    weight_bytes: int
+    reference_weight_bytes: int | None
+    peak_rss_bytes: int  # of the evaluating process, both models in it
+    seconds: float
+    versions: dict[str, str]
+    text: TextResult | None = None
+    speech: SpeechResult | None = None
+    tasks: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    reference_tasks: dict[str, dict[str, float | str]] = field(default_factory=dict)
+
+
+def as_json(result: Evaluation | SpeedResult) -> str:
+    """The result as JSON, field names as in the dataclasses, numbers unrounded."""
+    return json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(result: Evaluation | SpeedResult, path: Path) -> None:
+    """Write `as_json(result)`; ValueError when the place cannot be written."""
+    try:
+        path.write_text(as_json(result), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; give --json a path in a folder that exists") from error
+
+
+def show(result: Evaluation, console: Console | None = None) -> None:
+    """Print an evaluation."""
+    console = console or Console()
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    console.print(f"{result.model} against {result.against or 'nothing'}; {result.dtype} on {result.device}; {versions}")
+    if result.text is not None:
+        console.print(
+            f"text: {result.corpus}, {result.text.windows} windows of {result.text.length} tokens, "
+            f"{result.text.tokens} predictions"
+        )
+        console.print(_text_table(result.text))
+    if result.speech is not None:
+        speech = result.speech
+        console.print(
+            f"speech: {result.corpus}, {speech.clips} clips, {speech.audio_seconds:.1f} s, {speech.model.words} words; "
+            f"normalizer: {speech.normalizer}"
+        )
+        console.print(_speech_table(speech))
+        _show_changes(speech, console)
+    fidelity = (result.text or result.speech).fidelity if result.text or result.speech else None  # type: ignore[union-attr]
+    if fidelity is not None:
+        console.print(_fidelity_table(fidelity))
+    if result.tasks:
+        console.print(_task_table(result))
+    sizes = f"safetensors {_mb(result.weight_bytes)}"
+    if result.reference_weight_bytes:
+        share = result.weight_bytes / result.reference_weight_bytes
+        sizes += f" against {_mb(result.reference_weight_bytes)} ({share:.1%})"
+    console.print(
+        f"{sizes}; peak RSS {_mb(result.peak_rss_bytes)}, everything evaluated in one process; {result.seconds:.1f} s"
+    )
+
+
+def show_speed(result: SpeedResult, console: Console | None = None) -> None:
+    """Print a speed comparison: medians, quartiles in brackets."""
+    console = console or Console()
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    console.print(f"{result.workload}; {result.threads} threads, {result.dtype} on {result.device}; {versions}")
+    console.print(f"median [quartiles] of {result.repeats} alternating repeats after {result.warmup} warm-up", markup=False)
+    console.print(f"model {result.model.model}" + (f", against {result.against.model}" if result.against else ""), markup=False)
+    table = _table("", "model", *(["against", "ratio"] if result.against else []))
+    for name in result.model.metrics:
+        row = [METRICS[name], _spread(result.model.metrics[name])]
+        if result.against is not None and result.ratios is not None:
+            row += [_spread(result.against.metrics[name]), _spread(result.ratios[name])]
+        table.add_row(*row)
+    memory: dict[str, Callable[[Side], int | None]] = {
+        "peak RSS": lambda side: side.peak_rss_bytes,
+        "RSS before the model": lambda side: side.bare_rss_bytes,
+        "RSS once loaded": lambda side: side.loaded_rss_bytes,
+        "peak device memory": lambda side: side.device_bytes,
+        "safetensors": lambda side: side.weight_bytes,
+    }
+    for name, read in memory.items():
+        mine = read(result.model)
+        if mine is None:
+            continue
+        row = [name, _mb(mine)]
+        if result.against is not None:
+            other = read(result.against) or 0
+            row += [_mb(other), f"{mine / other:.3g}" if other else ""]
+        table.add_row(*row)
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="left" if at == 0 else "right", overflow="fold")
+    return table
+
+
+def _text_table(text: TextResult) -> Table:
+    table = _table("", "model", "reference", "ratio")
+    table.add_row(
+        "perplexity",
+        _pm(text.perplexity, text.perplexity_error, ".4f"),
+        _pm(text.reference_perplexity, None, ".4f"),
+        _pm(text.ratio, text.ratio_error, ".5f"),
+    )
+    return table
+
+
+def _fidelity_table(fidelity: Fidelity) -> Table:
+    table = _table(f"against the reference, {fidelity.tokens} tokens", "")
+    table.add_row("mean KL divergence, nats", _pm(fidelity.kl_mean, fidelity.kl_error, ".6f"))
+    table.add_row("median KL", f"{fidelity.kl_median:.6f}")
+    table.add_row("99 % KL", f"{fidelity.kl_p99:.5f}")
+    table.add_row("99.9 % KL", f"{fidelity.kl_p999:.5f}")
+    table.add_row("maximum KL", f"{fidelity.kl_max:.5f}")
+    table.add_row("top-1 agreement", _pm(fidelity.top1, fidelity.top1_error, ".3%"))
+    table.add_row("RMS delta-p of the correct token", f"{fidelity.rms_delta_p:.3%}")
+    return table
+
+
+def _speech_table(speech: SpeechResult) -> Table:
+    sides: list[Transcription] = [speech.model] + ([speech.reference] if speech.reference is not None else [])
+    table = _table("", "model", *(["reference"] if speech.reference is not None else []))
+    rows: dict[str, Callable[[Transcription], str]] = {
+        "WER": lambda side: _pm(side.wer, side.wer_error, ".2%"),
+        "substitutions": lambda side: str(side.substitutions),
+        "deletions": lambda side: str(side.deletions),
+        "insertions": lambda side: str(side.insertions),
+        "repetition loops": lambda side: str(side.loops),
+        "real-time factor": lambda side: f"{side.rtf:.3f}",
+    }
+    for name, read in rows.items():
+        table.add_row(name, *(read(side) for side in sides))
+    if speech.changed is not None:
+        table.add_row("WER change, paired", _pm(speech.wer_change, speech.wer_change_error, "+.2%"))
+        table.add_row("changed transcripts", f"{speech.changed} of {speech.clips}")
+    return table
+
+
+def _show_changes(speech: SpeechResult, console: Console) -> None:
+    changes = [line for line in speech.lines if line.reference_transcript not in (None, line.transcript)]
+    for line in changes[:CHANGES_SHOWN]:
+        console.print(f"  {Path(line.file).name}", highlight=False, markup=False)
+        console.print(f"    reference: {line.reference_transcript}", highlight=False, markup=False)
+        console.print(f"    model:     {line.transcript}", highlight=False, markup=False)
+    if len(changes) > CHANGES_SHOWN:
+        console.print(f"  and {len(changes) - CHANGES_SHOWN} more; --json lists all")
+
+
+def _task_table(result: Evaluation) -> Table:
+    table = _table("lm-eval task", "metric", "model", "reference")
+    for task, values in result.tasks.items():
+        reference = result.reference_tasks.get(task, {})
+        for metric, value in values.items():
+            if metric != "version" and "_stderr" not in metric:
+                table.add_row(
+                    task, metric, _task_value(values, metric, value), _task_value(reference, metric, reference.get(metric))
+                )
+    return table
+
+
+def _task_value(values: dict[str, float | str], metric: str, value: Any) -> str:
+    name, comma, rest = metric.partition(",")
+    error = values.get(f"{name}_stderr{comma}{rest}")
+    return _pm(value, error if isinstance(error, float) else None, ".4f")
+
+
+def _pm(value: float | None, error: float | None, shape: str) -> str:
+    """`value ± error` in one format; empty for None, without the error where there is none."""
+    if value is None:
+        return ""
+    return f"{value:{shape}}" if error is None else f"{value:{shape}} ± {error:{shape.lstrip('+')}}"
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.median:.4g} \\[{spread.q1:.4g}, {spread.q3:.4g}]"  # the backslash keeps rich from reading a style
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
