@@ -1,0 +1,146 @@
+// The three kernels for AVX2 with FMA: one way for any number of tokens, four at a time, codes unpacked in registers.
+//
+// A register holds 8 rows, so a block of 32 is four strips. A8W4 uses vpmaddubsw on raw codes: 15 * 127 * 4 fits int16,
+// which full bytes would not, so the group's scale goes on the int32 sum. W8A8 widens both sides to int16 instead.
+#include <immintrin.h>
+
+#include "driver.h"
+
+namespace {
+
+constexpr int kStrips = 4;
+
+inline __m256i load(const void* at) { return _mm256_loadu_si256((const __m256i*)at); }
+
+inline __m256i broadcast4(const int8_t* x) {
+    int32_t v;
+    memcpy(&v, x, 4);
+    return _mm256_set1_epi32(v);
+}
+
+struct A8W4 : IntegerPanels {
+    static constexpr bool kHasMany = false;
+    static void many(const Problem&, int64_t, const Panel<int32_t>*, int, int32_t*) {}
+
+    template <int MT>
+    static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
+        const int64_t groups = p.k / p.group;
+        const uint8_t* params = (const uint8_t*)p.scale + block * groups * 2 * kRows;
+        const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+        memset(out, 0, MT * kRows * sizeof(int32_t));
+        for (int64_t g = 0; g < groups; g++, params += 2 * kRows)
+            for (int strip = 0; strip < kStrips; strip++) {
+                const uint8_t* w = p.codes + (block * p.k + g * p.group) * (kRows / 2) + 32 * strip;
+                const int8_t* x = (const int8_t*)panel.data + g * p.group * MT;
+                __m256i part[MT];
+                for (int t = 0; t < MT; t++) part[t] = _mm256_setzero_si256();
+                for (int64_t i = 0; i < p.group / 8; i++, w += 128, x += 8 * MT) {
+                    const __m256i packed = load(w);
+                    const __m256i low = _mm256_and_si256(packed, mask);
+                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+#pragma GCC unroll 4
+                    for (int t = 0; t < MT; t++) {
+                        const __m256i a = _mm256_maddubs_epi16(low, broadcast4(x + 4 * t));
+                        const __m256i b = _mm256_maddubs_epi16(high, broadcast4(x + 4 * (MT + t)));
+                        part[t] = _mm256_add_epi32(part[t], _mm256_madd_epi16(_mm256_add_epi16(a, b), ones));
+                    }
+                }
+                const __m256i s2 = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(params + 8 * strip)));
+                const __m256i o = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(params + kRows + 8 * strip)));
+                for (int t = 0; t < MT; t++) {
+                    __m256i* to = (__m256i*)(out + t * kRows + 8 * strip);
+                    const __m256i scaled = _mm256_mullo_epi32(s2, part[t]);
+                    const __m256i shift = _mm256_mullo_epi32(o, _mm256_set1_epi32(panel.sums[t * groups + g]));
+                    _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(to), _mm256_add_epi32(scaled, shift)));
+                }
+            }
+    }
+};
+
+struct W8A8 : IntegerPanels {
+    static constexpr bool kHasMany = false;
+    static constexpr int64_t kStretch = 512;  // k walked by one strip before the next, so that lines are still in L1
+    static void many(const Problem&, int64_t, const Panel<int32_t>*, int, int32_t*) {}
+
+    static __m256i even(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+    static __m256i odd(__m256i v) { return _mm256_srai_epi16(v, 8); }
+
+    template <int MT>
+    static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
+        const int64_t kp = padded(p);
+        const __m256i flip = _mm256_set1_epi8(-128);
+        memset(out, 0, MT * kRows * sizeof(int32_t));
+        for (int64_t k0 = 0; k0 < kp; k0 += kStretch)
+            for (int strip = 0; strip < kStrips; strip++) {
+                const uint8_t* w = p.codes + (block * kp + k0) * kRows + 32 * strip;
+                const int8_t* x = (const int8_t*)panel.data + k0 * MT;
+                __m256i acc[MT];
+                for (int t = 0; t < MT; t++) acc[t] = _mm256_load_si256((const __m256i*)(out + t * kRows + 8 * strip));
+                for (int64_t k = k0; k < min64(k0 + kStretch, kp); k += 4, w += 128, x += 4 * MT) {
+                    const __m256i weight = _mm256_xor_si256(load(w), flip), w_even = even(weight), w_odd = odd(weight);
+#pragma GCC unroll 4
+                    for (int t = 0; t < MT; t++) {
+                        const __m256i token = broadcast4(x + 4 * t);
+                        acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(w_even, even(token)));
+                        acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(w_odd, odd(token)));
+                    }
+                }
+                for (int t = 0; t < MT; t++) _mm256_store_si256((__m256i*)(out + t * kRows + 8 * strip), acc[t]);
+            }
+    }
+};
+
+struct W4A16 : FloatPanels {
+    static constexpr bool kHasMany = false;
+    static void many(const Problem&, int64_t, const Panel<float>*, int, float*) {}
+
+    static __m256 load_scale(const Problem& p, int64_t index) {
+        if (p.scale_is_f32) return _mm256_loadu_ps((const float*)p.scale + index);
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const uint16_t*)p.scale + index)));
+    }
+
+    template <int MT>
+    static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
+        const int64_t groups = p.k / p.group, length = groups == 1 ? padded(p) : p.group;
+        const __m256i mask = _mm256_set1_epi32(15);
+        memset(out, 0, MT * kRows * sizeof(float));
+        for (int64_t g = 0; g < groups; g++)
+            for (int strip = 0; strip < kStrips; strip++) {
+                const uint8_t* w = p.codes + (block * padded(p) + g * length) * (kRows / 2) + 32 * strip;
+                const float* x = (const float*)panel.data + g * length * MT;
+                __m256 part[MT][2];
+                for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm256_setzero_ps();
+                for (int64_t i = 0; i < length / 8; i++, w += 128, x += 8 * MT) {
+                    const __m256i packed = load(w);
+#pragma GCC unroll 8
+                    for (int j = 0; j < 8; j++) {  // codes 0..3 are k = 0 2 4 6, codes 4..7 are k = 1 3 5 7
+                        const __m256i code = _mm256_and_si256(_mm256_srli_epi32(packed, 4 * j), mask);
+                        const __m256 weight = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)));
+                        const int k = j < 4 ? 2 * j : 2 * j - 7;
+#pragma GCC unroll 4
+                        for (int t = 0; t < MT; t++)
+                            part[t][j & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][j & 1]);
+                    }
+                }
+                const int64_t index = (block * groups + g) * kRows + 8 * strip;
+                const __m256 scale = load_scale(p, index);
+                __m256 zero = _mm256_setzero_ps();
+                if (p.zero) {
+                    const __m256i stored = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p.zero + index)));
+                    zero = _mm256_cvtepi32_ps(_mm256_sub_epi32(stored, _mm256_set1_epi32(8)));
+                }
+                for (int t = 0; t < MT; t++) {
+                    float* to = out + t * kRows + 8 * strip;
+                    const __m256 sum = _mm256_set1_ps(panel.sums[t * groups + g]);
+                    const __m256 both = _mm256_fnmadd_ps(zero, sum, _mm256_add_ps(part[t][0], part[t][1]));
+                    _mm256_store_ps(to, _mm256_fmadd_ps(scale, both, _mm256_load_ps(to)));
+                }
+            }
+    }
+};
+
+}  // namespace
+
+void avx2_a8w4(const Problem& p) { run<A8W4>(p); }
+void avx2_w8a8(const Problem& p) { run<W8A8>(p); }
+void avx2_w4a16(const Problem& p) { run<W4A16>(p); }

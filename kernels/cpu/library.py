@@ -1,0 +1,104 @@
+"""Loads the compiled C++ kernels and chooses the instruction set, once per process.
+
+The library is a plain C interface without torch headers, so one build serves every torch. It is loaded after torch
+and takes OpenMP from the libgomp that torch brought, so there is one thread pool. LOWBIT_CPU_ISA=avx512, avx2 or
+portable forces a path; without it the best one that the processor has is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant.kernels.cpu.build import FOLDER, LIBRARY, REASON
+from quant.kernels.dispatch import MatmulSpec
+
+ISAS = ("portable", "avx2", "avx512")  # position = number in the C interface
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # likewise
+
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_SIGNATURES = {
+    "lowbit_a8w4": (_P, _I, _P, _L, _L, _L, _P, _P, _L, _P, _P, _I),
+    "lowbit_w8a8": (_P, _I, _P, _L, _L, _L, _P, _P, _P, _I),
+    "lowbit_w4a16": (_P, _I, _P, _L, _L, _L, _P, _P, _I, _P, _L, _P, _I),
+}
+
+
+class Unavailable(Exception):
+    """There is no usable library; the text says why, in one line."""
+
+
+def open_library(folder: Path) -> ctypes.CDLL:
+    """The library in `folder` with its signatures declared. Raises Unavailable."""
+    path = folder / LIBRARY
+    if not path.exists():
+        reason = folder / REASON
+        if reason.exists():
+            raise Unavailable(f"built without a C++ compiler: {reason.read_text().strip()}")
+        raise Unavailable("the C++ kernels are not built; run: python -m quant.kernels.cpu.build")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"{path.name} does not load: {error}") from error
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library with its instruction set selected. Raises Unavailable, or ValueError for a wrong LOWBIT_CPU_ISA."""
+    library = open_library(FOLDER)
+    wanted = os.environ.get("LOWBIT_CPU_ISA")
+    if wanted:
+        select(library, wanted)
+    else:
+        next(isa for isa in reversed(range(len(ISAS))) if library.lowbit_select(isa) == 0)
+    return library
+
+
+def select(library: ctypes.CDLL, isa: str) -> None:
+    """Make all kernels use `isa`. Raises ValueError where it is unknown or this processor lacks it."""
+    if isa not in ISAS:
+        raise ValueError(f"LOWBIT_CPU_ISA={isa} is unknown; allowed: {', '.join(ISAS)}")
+    if library.lowbit_select(ISAS.index(isa)):
+        have = [name for number, name in enumerate(ISAS) if library.lowbit_select(number) == 0]
+        raise ValueError(f"LOWBIT_CPU_ISA={isa} is not supported by this processor; it has: {', '.join(have)}")
+
+
+def refuses(spec: MatmulSpec) -> str | None:
+    """The part of a refusal that all C++ kernels share."""
+    if spec.device != "cpu":
+        return f"it runs on cpu, not on {spec.device}"
+    try:
+        load()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def dtype_code(given: Tensor) -> int:
+    """The C number of a float dtype. Raises ValueError for one the kernels do not take."""
+    code = DTYPES.get(given.dtype)
+    if code is None:
+        raise ValueError(f"{given.dtype} input is not supported; give float32, bfloat16 or float16")
+    return code
+
+
+def check_input(x: Tensor, k: int, bias: Tensor | None, n: int) -> None:
+    """Refuse shapes that would make C++ read outside a tensor."""
+    if x.dim() != 2 or x.shape[1] != k or not x.is_contiguous():
+        raise ValueError(f"x is {tuple(x.shape)}, strides {x.stride()}; the kernel needs a contiguous [M, {k}]")
+    if bias is not None and (bias.numel() != n or not bias.is_contiguous()):
+        raise ValueError(f"bias is {tuple(bias.shape)}, strides {bias.stride()}; the kernel needs a contiguous [{n}]")
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ctypes may be called at once, without the torch operator that tracing, fakes and autograd need."""
+    return type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()
