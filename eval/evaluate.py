@@ -20,15 +20,15 @@ def text_part(
     """Name of the corpus, result, and tokenizer of a text model."""
     from transformers import AutoTokenizer
 
-    from quant.text import documents
+    from quant.text import documents, windows
 
     room = getattr(model.config, "max_position_embeddings", None)
     if length < 2 or (room is not None and length > room):
         raise ValueError(f"--length {length}; the model of {folder} takes windows of 2 to {room} tokens")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    corpus = documents(source, "eval")
-    windows, tokens = perplexity.cut(tokenizer, corpus.texts, length, limit)
-    return f"{corpus.name} ({tokens} tokens)", perplexity.evaluate(model, windows, reference, progress=bar), tokenizer
+    corpus = documents(source, "evaluation")
+    cut = windows(tokenizer, corpus, length, limit, seed=None)  # in the order of the text
+    return f"{corpus.name} ({cut.available} tokens)", perplexity.evaluate(model, cut.tokens, reference, progress=bar), tokenizer
 
 
 def speech_part(

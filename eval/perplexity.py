@@ -11,7 +11,7 @@ It is not lm-eval's word perplexity, nor llama.cpp's (512-token windows, second 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,21 +145,6 @@ def evaluate(
         ratio_error=ratio_error,
         fidelity=divergence.fidelity(),
     )
-
-
-def cut(tokenizer: Any, documents: Sequence[str], length: int, limit: int | None = None) -> tuple[Tensor, int]:
-    """Evaluation windows [W, L] of a corpus and its token count before the remainder was dropped.
-
-    The documents are joined by blank lines and tokenized once, so windows follow the text and may span documents.
-    `limit` keeps the first windows only. Raises ValueError when the text does not fill one window.
-    """
-    ids = tokenizer("\n\n".join(documents), return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) < length:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, less than one window of {length}: give a longer text or a smaller --length"
-        )
-    count = len(ids) // length
-    return ids[: count * length].view(count, length)[:limit], len(ids)
 
 
 def _exp_mean(values: list[float]) -> tuple[float, float | None]:
