@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
-HUB_SKIPPED = ["*/*", "consolidated*"]  # other copies of the same weights
+HUB_SKIPPED = {"model": ["*/*", "consolidated*"], "dataset": []}  # other copies of the same weights
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 
 
@@ -67,7 +67,7 @@ def resolve(model: str | Path, say: Callable[[str], None] = lambda line: None) -
     elif Path(model).exists():
         raise ValueError(f"{name} is a file; give the folder that holds config.json and the safetensors files")
     elif isinstance(model, str) and HUB_ID.fullmatch(name):
-        folder = _from_hub(name)
+        folder = from_hub(name, HUB_FILES)
     else:
         raise ValueError(f"{name} does not exist; give a model folder, a hub id such as org/name, or demo:NAME")
     check(folder)
@@ -83,23 +83,25 @@ def check(folder: Path) -> None:
     index(folder)
 
 
-def _from_hub(name: str) -> Path:
-    """Download (or find in the hub's cache) the weights as safetensors, configuration and tokenizer of `name`."""
+def from_hub(name: str, files: list[str], kind: Literal["model", "dataset"] = "model") -> Path:
+    """Download (or find in the hub's cache) the files of hub repository `name` that match the patterns `files`.
+
+    Raises ValueError when the repository is unknown or gated, or when it is not cached and the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=files, ignore_patterns=HUB_SKIPPED[kind]))
     except GatedRepoError as error:
-        raise ValueError(f"{name} is gated on the hub; accept its terms there and run `hf auth login`") from error
+        raise ValueError(f"{kind} {name} is gated on the hub; accept its terms there and run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{name} is neither a folder here nor a model on the hub; check the spelling") from error
+        raise ValueError(f"{name} is neither here nor a {kind} on the hub; check the spelling") from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         # the hub client wraps a missing network in several classes, one per layer and version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{name} is no folder here and the hub cannot be reached ({reason}); give a folder or demo:smollm2-135m"
-        ) from error
+        instead = "a folder or demo:smollm2-135m" if kind == "model" else "local files"
+        raise ValueError(f"{name} is not here and the hub cannot be reached ({reason}); give {instead}") from error
 
 
 def index(folder: Path) -> dict[str, Entry]:

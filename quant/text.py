@@ -1,0 +1,171 @@
+"""Text to calibrate on and to measure on, and its windows of tokens.
+
+Without a source the text is the Python manual inside the standard library: 460 kB of English and code that needs no network.
+A paragraph that several topics share is kept in the longest of them only, then topics are split by a hash of their name into
+about 70 % for calibration and 30 % for evaluation, so nothing is measured on text that was calibrated on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quant.models import from_hub
+
+Split = Literal["calibration", "evaluation"]
+SEPARATOR = "\n\n"
+CALIBRATION_SHARE = 0.7
+HUB_SOURCES: dict[str, tuple[str, dict[Split, str], str]] = {  # name -> hub repository, file per split, its builder
+    "wikitext2": (
+        "Salesforce/wikitext",
+        {
+            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        },
+        "parquet",
+    ),
+    "c4": (
+        "allenai/c4",
+        {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
+        "json",
+    ),
+}
+DATASETS = tuple(HUB_SOURCES)
+C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # from the start of the shard
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Named documents; the name goes into reports."""
+
+    name: str
+    documents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """tokens int64 [count, length]; `available` tokens were in the corpus, of which count * length are used."""
+
+    tokens: Tensor
+    available: int
+
+
+def documents(source: str | None, split: Split) -> Corpus:
+    """The text of `source`: None (Python manual), wikitext2, c4, a .txt or .jsonl file, or a folder of such files.
+
+    A file or folder has no split of its own: both splits are all of it. Raises ValueError (one line) when the source is
+    missing, empty, not text, a .jsonl row is bad (with its line number), or the hub cannot be reached.
+    """
+    if source is None:
+        return Corpus(f"Python {platform.python_version()} manual (pydoc_data.topics), {split} part", _manual(split))
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
+        if not files:
+            raise ValueError(f"{source} holds no .txt or .jsonl file; give text files, {' or '.join(DATASETS)}")
+        return Corpus(source, tuple(text for file in files for text in _read(file)))
+    if path.is_file():
+        return Corpus(source, tuple(_read(path)))
+    if source in DATASETS:
+        return Corpus(f"{source}, {split} part", _from_hub(source, split))
+    raise ValueError(f"{source} does not exist; give a .txt or .jsonl file, a folder of them, or {' or '.join(DATASETS)}")
+
+
+def windows(tokenizer: Any, corpus: Corpus, length: int, count: int | None, seed: int | None) -> Windows:
+    """Non-overlapping windows of `length` tokens of the joined documents, tokenized once; the remainder is dropped.
+
+    `seed` None keeps the order of the text (evaluation, the convention of GPTQ's perplexity); a number shuffles (calibration).
+    `count` None takes all; fewer are returned when the text holds fewer: compare `tokens.shape[0]`. The tokenizer adds its
+    special tokens once, at the start of the text. Raises ValueError when there is not one whole window.
+    """
+    # verbose=False: the text is longer than the model's context on purpose, it is cut below
+    ids = tokenizer(SEPARATOR.join(corpus.documents), return_attention_mask=False, verbose=False).input_ids
+    found = len(ids) // length
+    if found == 0:
+        raise ValueError(f"{corpus.name} is too short: {len(ids)} tokens, one window needs {length}; give more text")
+    tokens = torch.tensor(ids[: found * length], dtype=torch.int64).reshape(found, length)
+    if seed is not None:
+        tokens = tokens[torch.randperm(found, generator=torch.Generator().manual_seed(seed))]
+    return Windows(tokens[:count].clone(), len(ids))
+
+
+def _manual(split: Split) -> tuple[str, ...]:
+    """Topics of the Python manual that belong to `split`, in alphabetical order."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for topic in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        fresh = []
+        for paragraph in topics[topic].strip().split("\n\n"):
+            key = " ".join(paragraph.split())  # the same paragraph is indented differently in different topics
+            if key and key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        kept[topic] = SEPARATOR.join(fresh)
+    return tuple(
+        kept[topic] for topic in sorted(kept) if kept[topic] and (_unit(topic) < CALIBRATION_SHARE) == (split == "calibration")
+    )
+
+
+def _unit(name: str) -> float:
+    """A number in [0, 1) that depends on `name` alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _read(path: Path) -> list[str]:
+    """Documents of one file: a .jsonl has one per row, any other file is one document."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); give a .txt or .jsonl file") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL bytes, so it is no text; give a .txt or .jsonl file")
+    texts = _rows(path, text) if path.suffix == ".jsonl" else [text]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"{path} is empty; give a file with text")
+    return texts
+
+
+def _rows(path: Path, content: str) -> list[str]:
+    texts = []
+    # not splitlines(): JSON strings may hold U+2028 and other separators unescaped
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error.msg}); each line is an object with a field text"
+            ) from error
+        strings = {key: value for key, value in row.items() if isinstance(value, str)} if isinstance(row, dict) else {}
+        if "text" not in strings and len(strings) != 1:
+            given = f"an object with {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path} line {number} is {given}; an object with a field text, or one string field, is needed")
+        texts.append(strings.get("text") or next(iter(strings.values())))
+    return texts
+
+
+def _from_hub(name: str, split: Split) -> tuple[str, ...]:
+    """WikiText-2 raw (train or test, by line) or the first documents of C4's first English shard (train or validation)."""
+    from datasets import load_dataset
+
+    repository, files, kind = HUB_SOURCES[name]
+    # one file by name: it is found in the hub's cache without a network, and a missing network is known at once
+    file = from_hub(repository, [files[split]], "dataset") / files[split]
+    if not file.is_file():
+        raise ValueError(f"data set {name} has no {files[split]} on the hub any more; give a .txt or .jsonl file instead")
+    rows = load_dataset(kind, data_files=str(file), split="train", streaming=True)
+    return tuple(row["text"] for row in islice(rows, C4_DOCUMENTS[split] if name == "c4" else None))
