@@ -1,0 +1,52 @@
+"""Evaluates straight-line 32-bit PTX on CPU tensors, so that inline assembly can be proven without a GPU.
+
+The Triton interpreter refuses inline assembly; a fragment is therefore compared, word by word over all its inputs, with the
+formula it stands for. Unknown opcodes raise KeyError: nothing passes by accident.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def permute_bytes(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
+    """prmt.b32 without a mode: nibble i of the selector picks byte i of the result from the eight bytes of b:a."""
+    out = torch.zeros_like(a + b)
+    for i in range(4):
+        pick = selector >> 4 * i & 15
+        byte = torch.where(pick & 4 > 0, b, a) >> 8 * (pick & 3) & 255
+        spread = torch.where(byte > 127, 255, 0)
+        out |= torch.where(pick & 8 > 0, spread, byte) << 8 * i
+    return out
+
+
+OPCODES: dict[str, Callable[..., Tensor]] = {
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shr.b32": lambda a, b: a >> b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "prmt.b32": permute_bytes,
+}
+
+
+def run(assembly: str, inputs: Sequence[Tensor], outputs: int) -> list[Tensor]:
+    """The `outputs` words $0.. of a fragment whose operands $outputs.. are `inputs`.
+
+    inputs: int64 tensors of one shape holding 0..2^32 - 1; numbering as in `tl.inline_asm_elementwise`.
+    """
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    for statement in re.sub(r"[{}]", " ", assembly).split(";"):
+        words = statement.split(None, 1)
+        if not words or words[0] == ".reg":
+            continue
+        target, *sources = (part.strip() for part in words[1].split(","))
+        values = [registers[s] if s in registers else torch.tensor(int(s, 0)) for s in sources]
+        registers[target] = OPCODES[words[0]](*values) & MASK
+    return [registers[f"${i}"] for i in range(outputs)]
