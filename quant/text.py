@@ -123,39 +123,50 @@ def _unit(name: str) -> float:
 
 def _read(path: Path) -> list[str]:
     """Documents of one file: a .jsonl has one per row, any other file is one document."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); give a .txt or .jsonl file") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    if "\0" in text:
-        raise ValueError(f"{path} holds NUL bytes, so it is no text; give a .txt or .jsonl file")
-    texts = _rows(path, text) if path.suffix == ".jsonl" else [text]
+    texts = [_field(path, number, row) for number, row in read_rows(path)] if path.suffix == ".jsonl" else [read_text(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"{path} is empty; give a file with text")
     return texts
 
 
-def _rows(path: Path, content: str) -> list[str]:
-    texts = []
+def _field(path: Path, number: int, row: dict[str, Any]) -> str:
+    strings = {key: value for key, value in row.items() if isinstance(value, str)}
+    if "text" not in strings and len(strings) != 1:
+        raise ValueError(
+            f"{path} line {number} has {', '.join(row) or 'no fields'}; a field text, or one string field, is needed"
+        )
+    return strings["text"] if "text" in strings else next(iter(strings.values()))
+
+
+def read_text(path: Path) -> str:
+    """Content of a UTF-8 text file. Raises ValueError when it cannot be read or is not text."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); give a .txt or .jsonl file") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds NUL bytes, so it is no text; give a .txt or .jsonl file")
+    return text
+
+
+def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of each row of a .jsonl file. Raises ValueError with the number of a bad line."""
+    rows = []
     # not splitlines(): JSON strings may hold U+2028 and other separators unescaped
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error.msg}); each line is an object with a field text"
-            ) from error
-        strings = {key: value for key, value in row.items() if isinstance(value, str)} if isinstance(row, dict) else {}
-        if "text" not in strings and len(strings) != 1:
-            given = f"an object with {', '.join(row)}" if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path} line {number} is {given}; an object with a field text, or one string field, is needed")
-        texts.append(strings.get("text") or next(iter(strings.values())))
-    return texts
+            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); each line is one object") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is {type(row).__name__}; each line is one object")
+        rows.append((number, row))
+    return rows
 
 
 def _from_hub(name: str, split: Split) -> tuple[str, ...]:
