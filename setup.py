@@ -24,7 +24,8 @@ packages = [*ROOTS, *(f"quant.{name}" for name in find_packages("quant"))]
 packages += [f"{root}.{name}" for root in INNER for name in find_namespace_packages(ROOTS[root])]
 
 spec = importlib.util.spec_from_file_location("lowbit_build", HERE / "kernels" / "cpu" / "build.py")
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 kernels_build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels_build)
 

@@ -73,5 +73,6 @@ class A8W4(Kernel):
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         assert isinstance(spec.format, Int4Dual)
+        codes, scales, row_scale = prepared
         call = _call if library.is_plain(x) else cpu_a8w4
-        return call(x, *prepared, bias, spec.format.group)
+        return call(x, codes, scales, row_scale, bias, spec.format.group)

@@ -66,5 +66,6 @@ class W8A8(Kernel):
         }
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
+        codes, row_scale = prepared
         call = _call if library.is_plain(x) else cpu_w8a8
-        return call(x, *prepared, bias, spec.k)
+        return call(x, codes, row_scale, bias, spec.k)
