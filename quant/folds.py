@@ -40,8 +40,8 @@ class BlockView:
     changed: set[str] = field(default_factory=set)
 
     def module(self, name: str) -> nn.Module:
-        """A submodule by its full name."""
-        return self.block.get_submodule(name.removeprefix(f"{self.name}."))
+        """The block or a submodule of it, by full name."""
+        return self.block.get_submodule(name.removeprefix(self.name).removeprefix("."))
 
     def linear(self, name: str) -> nn.Linear:
         module = self.module(name)

@@ -59,7 +59,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
             self.bind()
-        assert self.kernel is not None and self._spec is not None
+        assert self.kernel is not None
+        assert self._spec is not None
         flat = x.reshape(-1, self.in_features)
         y = self.kernel.matmul(flat.contiguous(), self._prepared, self.bias, self._spec)
         return y.view(*x.shape[:-1], self.out_features)

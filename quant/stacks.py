@@ -33,9 +33,8 @@ def empty_model(folder: Path) -> Any:
     names = config.architectures or []
     cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if cls is None:
-        raise ValueError(
-            f"{folder}/config.json names architecture {names or 'none'}; transformers {transformers.__version__} has no such class"
-        )
+        version = transformers.__version__
+        raise ValueError(f"{folder}/config.json names architecture {names or 'none'}; transformers {version} has no such class")
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=torch.float32)
     model.eval()

@@ -99,13 +99,9 @@ def require_fused(targets: dict[str, Target], kept: Iterable[str]) -> None:
     float_layers = set(kept)
     for name, target in targets.items():
         parent, _, leaf = name.rpartition(".")
-        for family in FUSED:
-            for other in (f"{parent}.{sibling}" for sibling in family if leaf in family and sibling != leaf):
-                mate = targets.get(other)
-                same_input = mate is not None and mate.k == target.k
-                if other in float_layers or (
-                    same_input and (mate.format, mate.activation) != (target.format, target.activation)
-                ):  # type: ignore[union-attr]
-                    raise ValueError(
-                        f"{name} and {other} need one scheme, because serving stacks fuse them; use one rule for both"
-                    )
+        siblings = [s for family in FUSED if leaf in family for s in family if s != leaf]
+        for other in (f"{parent}.{sibling}" for sibling in siblings):
+            mate = targets.get(other)
+            differs = mate and mate.k == target.k and (mate.format, mate.activation) != (target.format, target.activation)
+            if other in float_layers or differs:
+                raise ValueError(f"{name} and {other} need one scheme, as serving stacks fuse them; let one rule match both")

@@ -1,0 +1,227 @@
+"""The pipeline: plan -> calibration samples -> per block: capture, passes, pack, advance -> artifact.
+
+At any time one block's weights, its inputs in both chains and its statistics are in memory. After each block the packed
+tensors and the chains are on disk, so a run that was killed goes on at the next block and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.calibrate import Chain, Sample, advance, capture, catch
+from quant.folds import BlockView, InputGroup
+from quant.kernels.format import Codes, Fields
+from quant.linear import PackedLinear
+from quant.models import Weights
+from quant.passes.base import BasePass, Corrector, Quantizer, Transform
+from quant.plan import COMPUTE, Plan
+from quant.search import output_error
+from quant.targets import Target
+from quant.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """error, rtn_error: relative output error sqrt(d^T H d / w^T H w) of the result and of round-to-nearest."""
+
+    name: str
+    format: dict[str, Any]
+    activation: str
+    bits_per_weight: float
+    error: float
+    rtn_error: float
+    tokens: int
+    token_absmax_99: float
+    note: str
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One finished block. refused_folds: layer -> reason."""
+
+    name: str
+    seconds: float
+    layers: list[LayerReport]
+    refused_folds: dict[str, str]
+
+
+Listener = Callable[[int, int, BlockReport], None]  # blocks done, blocks in all, the block just finished
+
+
+@torch.no_grad()
+def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch.device, listen: Listener) -> list[BlockReport]:
+    """Quantize every block that `work` does not hold yet; returns the reports of all blocks."""
+    passes, weights = plan.recipe.build_passes(), plan.weights()
+    total = sum(len(stack.blocks) for stack in plan.stacks)
+    reports = [BlockReport(**r | {"layers": [LayerReport(**x) for x in r["layers"]]}) for r in work.reports]
+    inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
+    outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside)]
+    first_block = 0
+    for at, stack in enumerate(plan.stacks):
+        last_block = first_block + len(stack.blocks)
+        if len(reports) < last_block:
+            materialize(plan.model, [n for n in outer if n in plan.disk], "", weights, plan.disk, COMPUTE, device)
+            float_chain = catch(plan.model, plan.stacks, at, samples, [work.final(s, "float") for s in range(at)])
+            quant_chain = catch(plan.model, plan.stacks, at, samples, [work.final(s, "quant") for s in range(at)])
+            release(plan.model, outer)
+            if len(reports) > first_block:
+                float_chain.hidden, quant_chain.hidden = work.chain("float"), work.chain("quant")
+            for name in stack.blocks[len(reports) - first_block :]:
+                torch.manual_seed(plan.recipe.seed + len(reports))
+                report, fields = run_block(plan, name, float_chain, quant_chain, samples, passes, weights, device)
+                reports.append(report)
+                work.commit(asdict(report), fields, float_chain.hidden, quant_chain.hidden, name == stack.blocks[-1])
+                listen(len(reports), total, report)
+        first_block = last_block
+    return reports
+
+
+def run_block(
+    plan: Plan,
+    name: str,
+    float_chain: Chain,
+    quant_chain: Chain,
+    samples: list[Sample],
+    passes: list[BasePass],
+    weights: Weights,
+    device: torch.device,
+) -> tuple[BlockReport, Fields]:
+    """Quantize one block; both chains are moved past it. Returns its report and its tensors by name on disk."""
+    began = time.monotonic()
+    block = copy.deepcopy(plan.model.get_submodule(name))
+    params = [n for n, _ in block.named_parameters()]
+    materialize(block, params, f"{name}.", weights, plan.disk, torch.float32, device)
+    targets = {n: t for n, t in plan.targets.items() if n.startswith(f"{name}.")}
+
+    running = copy.deepcopy(block).to(COMPUTE)
+    groups = capture(name, running, list(targets), float_chain, quant_chain, samples)
+    del running
+
+    view = BlockView(
+        name, block, groups, lambda: run_float32(block, quant_chain), lambda param: weights.dtype(plan.disk[param])
+    )
+    refused: dict[str, str] = {}
+    for step in passes:
+        if isinstance(step, Transform):
+            refused |= step.apply(view)
+    layers: list[LayerReport] = []
+    fields: Fields = {}
+    for group in groups:
+        for members in same_format(group, targets):
+            for target, codes, report in quantize_members(view, group, members, passes):
+                layers.append(report)
+                packed = target.format.pack(codes)
+                install(block, target, packed, name)
+                disk = plan.layer_on_disk(target.name)
+                fields |= {f"{disk}.{key}": value.cpu() for key, value in packed.items()}
+    for param in sorted(view.changed - {f"{t}.weight" for t in targets}):
+        value = view.block.get_parameter(param.removeprefix(f"{name}."))
+        fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
+    advance(block.to(COMPUTE), quant_chain)
+    return BlockReport(name, time.monotonic() - began, layers, refused), fields
+
+
+def quantize_members(
+    view: BlockView, group: InputGroup, members: list[Target], passes: list[BasePass]
+) -> list[tuple[Target, Codes, LayerReport]]:
+    """Quantize the layers of one input group that share a format, as one tall matrix: rows do not depend on each other."""
+    fmt, stats = members[0].format, group.stats
+    weight = torch.cat([view.linear(t.name).weight for t in members])
+    aim = weight
+    for step in passes:
+        if isinstance(step, Corrector):
+            aim = step.correct(aim, stats)
+    (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
+    codes = quantizer.quantize(aim, stats, fmt)
+    lost, lost_rtn = aim - fmt.dequantize(codes), aim - fmt.dequantize(fmt.nearest(aim))
+    out = []
+    at = 0
+    for target in members:
+        rows = slice(at, at + target.n)
+        at += target.n
+        signal = output_error(weight[rows], stats.gram)
+        error, rtn_error = ((max(output_error(d[rows], stats.gram), 0.0) / max(signal, 1e-30)) ** 0.5 for d in (lost, lost_rtn))
+        report = LayerReport(
+            target.name,
+            fmt.config(),
+            target.activation,
+            fmt.bits_per_weight(target.n, target.k),
+            error,
+            rtn_error,
+            stats.tokens,
+            stats.token_quantile(0.99),
+            target.note,
+        )
+        mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
+        out.append((target, mine, report))
+    return out
+
+
+def same_format(group: InputGroup, targets: dict[str, Target]) -> list[list[Target]]:
+    """The group's targets, split where formats differ."""
+    found: dict[Any, list[Target]] = {}
+    for name in group.names:
+        found.setdefault(targets[name].format, []).append(targets[name])
+    return list(found.values())
+
+
+def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None:
+    """Replace a float linear of the block by its packed form."""
+    parent, _, leaf = target.name.removeprefix(f"{name}.").rpartition(".")
+    owner = block.get_submodule(parent)
+    old = getattr(owner, leaf)
+    layer = PackedLinear.from_fields(
+        packed, target.format, target.activation, target.n, target.k, None if old.bias is None else old.bias.data
+    )
+    setattr(owner, leaf, layer)
+
+
+def run_float32(block: nn.Module, chain: Chain) -> Tensor:
+    """The float32 block's output on the chain's first sample."""
+    single = Chain([chain.hidden[0].float()], [as_float32(chain.calls[0])])
+    return single.run(block, 0)
+
+
+def as_float32(value: Any) -> Any:
+    """Floating tensors inside tuples, lists and dicts as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(as_float32(v) for v in value)
+    return {k: as_float32(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def materialize(
+    module: nn.Module, params: list[str], prefix: str, weights: Weights, disk: dict[str, str], dtype: torch.dtype, device: Any
+) -> None:
+    """Read parameters from disk into a module on meta. Raises ValueError naming a tensor that is missing or not finite."""
+    for name in params:
+        full = f"{prefix}{name}"
+        if full not in disk:
+            raise ValueError(f"{weights.folder} has no tensor for {full}; the checkpoint does not fit its config.json")
+        value = weights.read(disk[full])
+        owner = module.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        if value.shape != owner._parameters[leaf].shape:  # type: ignore[union-attr]
+            raise ValueError(
+                f"{full} is {list(value.shape)} on disk; config.json asks for {list(owner._parameters[leaf].shape)}"
+            )  # type: ignore[union-attr]
+        if not value.isfinite().all():
+            raise ValueError(f"{full} holds a NaN or an infinity; repair the checkpoint before quantizing it")
+        owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
+
+
+def release(module: nn.Module, params: list[str]) -> None:
+    """Send parameters back to the meta device."""
+    for name in params:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        old = owner._parameters[name.rpartition(".")[2]]
+        assert old is not None
+        owner._parameters[name.rpartition(".")[2]] = nn.Parameter(old.to("meta"), requires_grad=False)

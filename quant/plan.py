@@ -1,0 +1,127 @@
+"""The plan: everything that is known before the first weight is read, down to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme_of, sentinel
+from quant.kernels.dispatch import MatmulSpec, choose
+from quant.models import Entry, Weights, index, resolve
+from quant.recipe import Recipe
+from quant.stacks import Stack, disk_names, empty_model, find_stacks
+from quant.targets import Selection, Target, select
+
+COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
+
+
+@dataclass
+class Plan:
+    """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk."""
+
+    given: str
+    source: Path
+    recipe: Recipe
+    model: Any
+    stacks: list[Stack]
+    selection: Selection
+    disk: dict[str, str]
+    tensors: dict[str, Entry] = field(repr=False)
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """Layers to pack, by name in memory."""
+        return self.selection.targets
+
+    @property
+    def speech(self) -> bool:
+        """Calibrated on audio instead of text."""
+        return str(self.model.main_input_name) == "input_features"
+
+    def weights(self) -> Weights:
+        """The source's tensors."""
+        return Weights(self.source)
+
+    def layer_on_disk(self, name: str) -> str:
+        """A layer's name as the source checkpoint spells it."""
+        return self.disk[f"{name}.weight"].removesuffix(".weight")
+
+    def pieces(self, made: Mapping[str, Entry] | None = None) -> list[Piece]:
+        """Every tensor of the result. made: tensors that exist already in finished blocks, by disk name."""
+        made = made or {}
+        packed = {f"{self.layer_on_disk(name)}.weight": target for name, target in self.targets.items()}
+        out = [sentinel(list(self.targets.values()), self.disk)]
+        for name, entry in self.tensors.items():
+            target = packed.get(name)
+            if target is None:
+                out.append(Piece(name, entry.dtype, entry.shape, made.get(name, entry)))
+                continue
+            layer = name.removesuffix(".weight")
+            for key, (shape, dtype) in target.format.fields(target.n, target.k).items():
+                out.append(Piece(f"{layer}.{key}", dtype, shape, made.get(f"{layer}.{key}")))
+        return out
+
+    def bytes_on_disk(self) -> int:
+        """Exact size of the weight files the run will write."""
+        return predicted_bytes(self.pieces())
+
+    def packed_bytes(self) -> int:
+        """Bytes of the packed linears, scales included."""
+        return sum(t.format.stored_bytes(t.n, t.k) for t in self.targets.values())
+
+    def packed_weights(self) -> int:
+        """Number of weights in the packed linears."""
+        return sum(t.n * t.k for t in self.targets.values())
+
+    def config_section(self) -> dict[str, Any]:
+        """The quantization_config that goes into config.json."""
+        layers = {self.layer_on_disk(name): target for name, target in self.targets.items()}
+        kept = [self.layer_on_disk(name) for name in self.selection.kept if f"{name}.weight" in self.disk]
+        section = quantization_config(layers, [])
+        section["float"] = [name for name in kept if scheme_of(section, name)]
+        return section
+
+    def kernels(self, device: str) -> dict[str, tuple[int, dict[str, str]]]:
+        """Kernel name -> number of layers it will serve on `device`, and why others were refused for the first of them."""
+        found: dict[str, tuple[int, dict[str, str]]] = {}
+        for t in self.targets.values():
+            spec = MatmulSpec(n=t.n, k=t.k, format=t.format, activation=t.activation, device=device)
+            kernel, refusals = choose(spec)
+            count, kept = found.get(kernel.name, (0, refusals))
+            found[kernel.name] = (count + 1, kept)
+        return found
+
+    def identity(self, calibration: str) -> str:
+        """A digest of all that decides the output bytes: recipe, source tensors, calibration data, versions."""
+        import transformers
+
+        from quant import __version__
+
+        tensors = {n: [str(e.dtype), list(e.shape), e.start] for n, e in self.tensors.items()}
+        files = {str(e.file): [e.file.stat().st_size, e.file.stat().st_mtime_ns] for e in self.tensors.values()}
+        versions = [__version__, torch.__version__, transformers.__version__]
+        facts = [self.recipe.model_dump(mode="json"), tensors, files, calibration, versions]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
+    """Resolve a model and apply a recipe to it; reads headers only. Raises ValueError for whatever cannot be done."""
+    source = resolve(given, say)
+    model = empty_model(source)
+    stacks = find_stacks(model)
+    selection = select(model, stacks, recipe)
+    tensors = index(source)
+    disk = disk_names(model, tensors)
+    for name in selection.targets:
+        if f"{name}.weight" not in disk:
+            raise ValueError(
+                f"{name}.weight is not in {source} under a name that can be matched; "
+                f"leave it in float with the rule {{match: {name}, skip: true}}"
+            )
+    return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)

@@ -1,0 +1,87 @@
+"""The folder of an unfinished run: finished blocks, both chains, and what the run was for.
+
+A block counts once `progress.json` names it; that file is replaced in one step after the block's tensors and the chains
+are written. Whatever a killed run left besides is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quant.kernels.format import Fields
+from quant.models import Entry, read_header
+
+
+class Workspace:
+    """reports: one dict per finished block, in order."""
+
+    def __init__(self, output: Path, identity: str) -> None:
+        """Open or create the workspace beside `output`. Raises ValueError when it belongs to another run."""
+        self.folder = output.with_name(f"{output.name}.partial")
+        self.reports: list[dict[str, Any]] = []
+        self.stacks_done = 0
+        self._progress = self.folder / "progress.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._progress.is_file():
+            state = json.loads(self._progress.read_text())
+            if state["identity"] != identity:
+                raise ValueError(
+                    f"{self.folder} holds an unfinished run with another recipe, model or calibration data; "
+                    "finish it with its own command, delete it, or give another -o"
+                )
+            self.reports, self.stacks_done = state["reports"], state["stacks_done"]
+        self.identity = identity
+
+    def commit(
+        self, report: dict[str, Any], fields: Fields, float_hidden: list[Tensor], quant_hidden: list[Tensor], stack_ends: bool
+    ) -> None:
+        """Make one finished block permanent."""
+        done = len(self.reports)
+        self._save(fields, f"block-{done:05d}.safetensors")
+        name = f"final-{self.stacks_done}" if stack_ends else f"chain-{done}"
+        for kind, hidden in (("float", float_hidden), ("quant", quant_hidden)):
+            self._save({f"{i:06d}": tensor.cpu() for i, tensor in enumerate(hidden)}, f"{name}-{kind}.safetensors")
+        self.reports.append(report)
+        self.stacks_done += stack_ends
+        state = {"identity": self.identity, "stacks_done": self.stacks_done, "reports": self.reports}
+        temporary = self._progress.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self._progress)
+        for old in self.folder.glob("chain-*"):
+            if not old.name.startswith(f"chain-{done}-"):
+                old.unlink()
+
+    def chain(self, kind: str) -> list[Tensor]:
+        """Hidden states after the last finished block."""
+        return self._load(f"chain-{len(self.reports) - 1}-{kind}.safetensors")
+
+    def final(self, stack: int, kind: str) -> list[Tensor]:
+        """Outputs of a finished stack."""
+        return self._load(f"final-{stack}-{kind}.safetensors")
+
+    def made(self) -> dict[str, Entry]:
+        """Where each finished tensor lies, by name on disk."""
+        found: dict[str, Entry] = {}
+        for i in range(len(self.reports)):
+            found |= read_header(self.folder / f"block-{i:05d}.safetensors")
+        return found
+
+    def remove(self) -> None:
+        """Delete the workspace."""
+        shutil.rmtree(self.folder)
+
+    def _save(self, tensors: dict[str, Tensor], name: str) -> None:
+        temporary = self.folder / f"{name}.tmp"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        os.replace(temporary, self.folder / name)
+
+    def _load(self, name: str) -> list[Tensor]:
+        tensors = load_file(self.folder / name)
+        return [tensors[key] for key in sorted(tensors)]
