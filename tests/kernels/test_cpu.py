@@ -1,0 +1,222 @@
+"""What only the C++ kernels promise: equal integers on every instruction set and thread count, sound operators, one
+thread pool, bit-exact activation quantization, and a clear refusal where there was no compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels.activation import quantize_token
+from quant.kernels.cpu import a8w4, build, library, w4a16, w8a8
+from quant.kernels.dispatch import MatmulSpec
+from quant.kernels.format import Codes
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int_group import IntGroup
+
+ROOT = Path(__file__).resolve().parents[2]
+N, K, G = 72, 1056, 96
+
+
+def built() -> bool:
+    try:
+        library.load()
+    except library.Unavailable:
+        return False
+    return True
+
+
+needs_library = pytest.mark.skipif(not built(), reason="the C++ kernels are not built")
+
+
+def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
+    """One prepared layer per kernel: (kernel, prepared, spec)."""
+    torch.manual_seed(0)
+    z = torch.randint(0, 16, (N, K // G))
+    dual = {
+        "group_scale": torch.full((N, K // G), 7, dtype=torch.uint8),
+        "group_offset": (-7 * z).to(torch.int8),
+        "row_scale": torch.rand(N),
+    }
+    grouped = {"weight_scale": torch.rand(N, K // G).half(), "weight_zero": z.to(torch.uint8)}
+    layers = [
+        (a8w4.A8W4(), Int4Dual(group=G), "int8_token", 16, dual),
+        (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), "int8_token", 256, {"weight_scale": torch.rand(N, 1)}),
+        (w4a16.W4A16(), IntGroup(bits=4, group=G, symmetric=False), "none", 16, grouped),
+    ]
+    out = []
+    for kernel, fmt, activation, top, params in layers:
+        spec = MatmulSpec(n=N, k=K, format=fmt, activation=activation, device="cpu")
+        codes = Codes(torch.randint(0, top, (N, K), dtype=torch.uint8), params)
+        out.append((kernel, kernel.prepare(fmt.pack(codes), spec), spec))
+    return out
+
+
+def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
+    """Each torch operator with arguments for it."""
+    (_, (codes, scales, rows), _), (_, (codes8, rows8), _), (_, (codes4, scale, zero), _) = problems()
+    x, bias = torch.randn(5, K), torch.randn(N)
+    return [
+        (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G)),
+        (torch.ops.lowbit.cpu_w8a8, (x, codes8, rows8, None, K)),
+        (torch.ops.lowbit.cpu_w4a16, (x.bfloat16(), codes4, scale, zero, bias, N, K, G)),
+    ]
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize("m", [1, 4, 5, 30])
+def test_every_instruction_set_gives_the_same(m: int) -> None:
+    lib, x = library.load(), torch.randn(m, K)
+    available = [isa for number, isa in enumerate(library.ISAS) if lib.lowbit_select(number) == 0]
+    try:
+        for kernel, prepared, spec in problems():
+            results = []
+            for isa in available:
+                library.select(lib, isa)
+                results.append(kernel.matmul(x, prepared, None, spec))
+            for isa, y in zip(available[1:], results[1:], strict=True):
+                if spec.activation == "int8_token":
+                    assert torch.equal(y, results[0]), (kernel.name, isa)
+                else:
+                    torch.testing.assert_close(y, results[0], rtol=1e-5, atol=1e-4)
+    finally:
+        library.select(lib, available[-1])
+
+
+@needs_library
+@pytest.mark.parametrize("m", [1, 30, 500])
+@pytest.mark.usefixtures("_threads")
+def test_thread_count_does_not_change_the_result(m: int) -> None:
+    x = torch.randn(m, K)
+    for kernel, prepared, spec in problems():
+        torch.set_num_threads(1)
+        one = kernel.matmul(x, prepared, None, spec)
+        torch.set_num_threads(2)
+        assert torch.equal(kernel.matmul(x, prepared, None, spec), one), kernel.name
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activation_codes_are_bit_exact(dtype: torch.dtype) -> None:
+    """An identity weight lets the kernel's own token codes and scale out."""
+    k = 64
+    x = torch.randn(40, k) * torch.logspace(-8, 4, 40).unsqueeze(-1)
+    x[3] = torch.arange(k) - 31.5  # many values half-way between two codes
+    x[3, 0] = 127
+    x[4] = 0
+    x = x.to(dtype)
+    spec = MatmulSpec(n=k, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation="int8_token", device="cpu")
+    eye = Codes((128 + torch.eye(k)).to(torch.uint8), {"weight_scale": torch.ones(k, 1)})
+    kernel = w8a8.W8A8()
+    y = kernel.matmul(x, kernel.prepare(spec.format.pack(eye), spec), None, spec)
+    codes, scale = quantize_token(x)
+    assert torch.equal(y, (codes.float() * scale.unsqueeze(-1)).to(dtype))
+
+
+@needs_library
+def test_a_nan_token_stays_visible() -> None:
+    x = torch.randn(3, K)
+    x[1, 5] = float("nan")
+    for kernel, prepared, spec in problems():
+        y = kernel.matmul(x, prepared, None, spec)
+        assert y[1].isnan().all()
+        assert y[[0, 2]].isfinite().all()
+
+
+@needs_library
+def test_operators_pass_opcheck() -> None:
+    for operator, arguments in operator_calls():
+        torch.library.opcheck(operator.default, arguments)
+
+
+@needs_library
+def test_compile_sees_one_operator() -> None:
+    x = torch.randn(3, K)
+    for kernel, prepared, spec in problems():
+        graphs = []
+
+        def backend(module: torch.fx.GraphModule, _: list[Tensor], graphs: list[torch.fx.Graph] = graphs) -> object:
+            graphs.append(module.graph)
+            return module.forward
+
+        torch._dynamo.reset()
+        function = torch.compile(kernel.matmul, fullgraph=True, backend=backend)
+        assert torch.equal(function(x, prepared, None, spec), kernel.matmul(x, prepared, None, spec))
+        calls = [str(node.target) for node in graphs[0].nodes if node.op == "call_function"]
+        assert calls == [f"lowbit.{kernel.name}.default"] or calls == [f"lowbit.{kernel.name}"], calls
+
+
+@needs_library
+def test_backward_is_refused_not_silently_zero() -> None:
+    kernel, prepared, spec = problems()[0]
+    y = kernel.matmul(torch.randn(2, K, requires_grad=True), prepared, None, spec)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        y.sum().backward()
+
+
+@needs_library
+def test_wrong_input_is_refused_before_memory_is_read() -> None:
+    for kernel, prepared, spec in problems():
+        with pytest.raises(ValueError, match=f"contiguous \\[M, {K}\\]"):
+            kernel.matmul(torch.randn(2, K - 8), prepared, None, spec)
+        with pytest.raises(ValueError, match=f"contiguous \\[{N}\\]"):
+            kernel.matmul(torch.randn(2, K), prepared, torch.randn(N - 1), spec)
+        with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+            kernel.matmul(torch.randn(2, K).double(), prepared, None, spec)
+
+
+@needs_library
+@pytest.mark.usefixtures("_threads")
+def test_one_thread_pool() -> None:
+    """Our regions follow torch's setting, and a fresh process maps libgomp once."""
+    for count in (2, 1):
+        torch.set_num_threads(count)
+        assert library.load().lowbit_threads() == count
+    code = "from quant.kernels.cpu import library; library.load(); print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(set(re.findall(r"\S*libgomp\S*", maps))) == 1
+
+
+@needs_library
+def test_forced_instruction_set() -> None:
+    code = "from quant.kernels.cpu import library; library.load(); print('loaded')"
+    for wanted, answer in (("portable", "loaded"), ("sse9", "LOWBIT_CPU_ISA=sse9 is unknown; allowed: portable, avx2, avx512")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"LOWBIT_CPU_ISA": wanted}
+        )
+        assert answer in done.stdout + done.stderr
+
+
+def test_without_a_compiler_the_reason_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    reason = build.build_or_explain(tmp_path)
+    assert reason == "no-such-compiler was not found"
+    with pytest.raises(library.Unavailable, match=r"built without a C\+\+ compiler: no-such-compiler was not found"):
+        library.open_library(tmp_path)
+
+
+def test_an_unbuilt_checkout_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(library.Unavailable, match=r"python -m quant\.kernels\.cpu\.build"):
+        library.open_library(tmp_path)
+
+
+def test_without_the_library_the_kernels_refuse_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise library.Unavailable("built without a C++ compiler: none")
+
+    monkeypatch.setattr(library, "load", missing)
+    spec = MatmulSpec(n=8, k=64, format=Int4Dual(group=32), activation="int8_token", device="cpu")
+    assert a8w4.A8W4().refuses(spec) == "built without a C++ compiler: none"

@@ -1,0 +1,163 @@
+"""Every registered kernel that serves a CPU problem against a float64 reference, by relative norm.
+
+Fresh output memory is poisoned first, so an element that a kernel leaves unwritten is a NaN and fails the comparison.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import dispatch
+from quant.kernels.activation import quantize_token
+from quant.kernels.dispatch import Kernel, MatmulSpec
+from quant.kernels.format import Codes, Format
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int_group import IntGroup
+
+KERNELS = dispatch.load_all()
+SHAPES = ((33, 96, 48), (200, 160, 32), (64, 576, 96), (7, 64, 16))  # N, K, G
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+FORMATS = {
+    "int4_dual": lambda g: (Int4Dual(group=g), "int8_token"),
+    "w8": lambda g: (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
+    "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), "none"),
+    "w4_asym": lambda g: (IntGroup(bits=4, group=g, symmetric=False), "none"),
+    "w4_row": lambda g: (IntGroup(bits=4, group=-1, symmetric=False), "none"),
+}
+
+
+def random_codes(fmt: Format, n: int, k: int) -> Codes:
+    """Valid random codes and parameters."""
+    if isinstance(fmt, Int4Dual):
+        s2, z = torch.randint(1, 16, (n, k // fmt.group)), torch.randint(0, 16, (n, k // fmt.group))
+        beyond = ((15 - z) * s2 > 127) | (z * s2 > 128)
+        s2[beyond], z[beyond] = 8, 8
+        params = {"group_scale": s2.to(torch.uint8), "group_offset": (-z * s2).to(torch.int8), "row_scale": torch.rand(n) + 0.1}
+        return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
+    assert isinstance(fmt, IntGroup)
+    top, groups = 2**fmt.bits, fmt.groups(k)
+    params = {"weight_scale": (torch.rand(n, groups) * 0.1 + 0.01).to(fmt.scale_dtype)}
+    if not fmt.symmetric:
+        params["weight_zero"] = torch.randint(0, top, (n, groups), dtype=torch.uint8)
+    return Codes(torch.randint(0, top, (n, k), dtype=torch.uint8), params)
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """float64 [M, N]."""
+    seen = x.double()
+    if activation == "int8_token":
+        codes, scale = quantize_token(x)
+        seen = codes.double() * scale.double().unsqueeze(-1)
+    return seen @ weight.double().T + (0 if bias is None else bias.double())
+
+
+def relative(given: Tensor, wanted: Tensor) -> float:
+    return float((given.double() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty filled with NaN, or with 0x5A where there is none."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else 0x5A)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def serving(kernel: Kernel, kind: str, n: int, k: int, g: int) -> MatmulSpec:
+    """The spec of a problem; skips where the kernel refuses it."""
+    fmt, activation = FORMATS[kind](g)
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cpu")
+    if (reason := kernel.refuses(spec)) is not None:
+        pytest.skip(reason)
+    return spec
+
+
+every = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+kinds = pytest.mark.parametrize("kind", FORMATS)
+
+
+@every
+@kinds
+@pytest.mark.parametrize(("n", "k", "g"), SHAPES)
+def test_matches_float64(kernel: Kernel, kind: str, n: int, k: int, g: int) -> None:
+    torch.manual_seed(n)
+    spec = serving(kernel, kind, n, k, g)
+    codes = random_codes(spec.format, n, k)
+    prepared, weight = kernel.prepare(spec.format.pack(codes), spec), spec.format.dequantize(codes)
+    for m in (1, 3, 17, 64):
+        for dtype, tolerance in ROUNDING.items():
+            x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+            for given in (None, bias):
+                y = kernel.matmul(x, prepared, given, spec)
+                assert y.dtype == dtype
+                assert y.shape == (m, n)
+                assert relative(y, expected(x, weight, given, spec.activation)) < tolerance, (m, dtype)
+
+
+@every
+@kinds
+@pytest.mark.parametrize(("n", "k", "g"), SHAPES)
+def test_restore_gives_back_the_canonical_bytes(kernel: Kernel, kind: str, n: int, k: int, g: int) -> None:
+    spec = serving(kernel, kind, n, k, g)
+    fields = spec.format.pack(random_codes(spec.format, n, k))
+    restored = kernel.restore(kernel.prepare(fields, spec), spec)
+    assert restored.keys() == fields.keys()
+    for name, stored in fields.items():
+        assert restored[name].dtype == stored.dtype
+        assert torch.equal(restored[name], stored), name
+        assert restored[name].is_contiguous()
+
+
+@every
+@kinds
+def test_extremes(kernel: Kernel, kind: str) -> None:
+    """Largest codes against largest tokens, an all-zero token, one huge outlier, no token at all."""
+    n, k, g = 40, 4096, 64
+    spec = serving(kernel, kind, n, k, g)
+    codes = random_codes(spec.format, n, k)
+    if isinstance(spec.format, Int4Dual):  # w8 = -128 and 127 at the ends of the code range
+        codes.params["group_scale"].fill_(17)
+        codes.params["group_offset"].fill_(-128)
+    codes.codes[: n // 2] = 0
+    codes.codes[n // 2 :] = 255 if kind == "w8" else 15
+    prepared, weight = kernel.prepare(spec.format.pack(codes), spec), spec.format.dequantize(codes)
+    x = torch.randn(21, k)
+    x[0], x[1], x[2] = 0, 3, -3
+    x[3, 7] = 1e6
+    y = kernel.matmul(x, prepared, None, spec)
+    assert torch.equal(y[0], torch.zeros(n))
+    for row in (1, 2, 3, 20):
+        wanted = expected(x[row : row + 1], weight, None, spec.activation)
+        assert relative(kernel.matmul(x[row : row + 1], prepared, None, spec), wanted) < 2e-5, row
+        assert relative(y[row : row + 1], wanted) < 2e-5, row
+    assert kernel.matmul(x[:0], prepared, None, spec).shape == (0, n)
+
+
+@every
+@pytest.mark.parametrize("kind", ["int4_dual", "w8"])
+def test_integer_sums_are_exact(kernel: Kernel, kind: str) -> None:
+    """With all scales powers of two the output is the int32 sum itself, so equality is bit for bit."""
+    n, k, g = 65, 288, 96
+    spec = serving(kernel, kind, n, k, g)
+    codes = random_codes(spec.format, n, k)
+    codes.params["row_scale" if kind == "int4_dual" else "weight_scale"].fill_(1)
+    x = torch.randint(-127, 128, (19, k)).float()
+    x[:, 0] = 127  # the token's scale is exactly 1
+    wanted = (x.long() @ spec.format.dequantize(codes).long().T).float()
+    prepared = kernel.prepare(spec.format.pack(codes), spec)
+    assert torch.equal(kernel.matmul(x, prepared, None, spec), wanted)
+    assert torch.equal(kernel.matmul(x[4:5], prepared, None, spec), wanted[4:5])
+
+
+def test_cpu_kernels_are_the_ones_chosen() -> None:
+    """The C++ kernels come before the reference wherever they were built."""
+    for kind, name in (("int4_dual", "cpu_a8w4"), ("w8", "cpu_w8a8"), ("w4_asym", "cpu_w4a16")):
+        fmt, activation = FORMATS[kind](32)
+        kernel, refusals = dispatch.choose(MatmulSpec(n=8, k=64, format=fmt, activation=activation, device="cpu"))
+        assert kernel.name == name or "C++" in refusals[name], refusals
