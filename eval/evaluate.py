@@ -35,15 +35,16 @@ def speech_part(
     folder: Path, model: Any, reference: Any, source: str | None, limit: int | None, language: str, bar: perplexity.Progress
 ) -> tuple[str, speech.SpeechResult]:
     """Name of the clips and result of a speech recognizer."""
-    from quant.audio import clips
     from transformers import AutoProcessor
+
+    from quant.audio import clips
 
     if source is None:
         raise ValueError(
             "a speech model is evaluated on recordings: give --audio a folder of clips or a jsonl with file and text"
         )
     processor = AutoProcessor.from_pretrained(folder)
-    found: Sequence[speech.Clip] = clips(source, limit)
+    found = clips(source, limit, seconds=None)  # whole: a cut clip would lose its transcript
     return source, speech.evaluate(model, reference, processor, found, language=language, folder=folder, progress=bar)
 
 
@@ -108,7 +109,7 @@ def evaluate(
 @click.option("--text", help="Text to score: a text or jsonl file, or a data set; default: the built-in evaluation text.")
 @click.option("--audio", help="Folder or jsonl of clips with transcripts, for speech models.")
 @click.option("--length", type=int, default=2048, show_default=True, help="Window length in tokens.")
-@click.option("--limit", type=int, help="Use the first so many windows or clips.")
+@click.option("--limit", type=int, help="Use so many windows or clips.")
 @click.option("--tasks", default="", help="lm-eval tasks, separated by commas: names or YAML paths.")
 @click.option("--language", default="en", show_default=True, help="Language code of the clips.")
 @click.option("--dtype", type=click.Choice([*loading.DTYPES]), default="float32", show_default=True)

@@ -54,7 +54,7 @@ def evaluate(
         task_manager=manager,
         num_fewshot=shots,
         limit=limit,
-        bootstrap_iters=0,  # standard errors of means only; perplexities would be resampled for minutes
+        bootstrap_iters=1000,  # errors of means are exact; this bounds the others (0 would drop all)
         log_samples=False,
     )
     return {task: _plain(values, found["versions"].get(task)) for task, values in found["results"].items()}

@@ -91,7 +91,7 @@ def compare(
     threads: int,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    repeats: int = 7,
+    repeats: int = 8,
     warmup: int = 2,
 ) -> SpeedResult:
     """Measure `folder`, and `against` in alternation with it. ValueError for what a side refuses to run."""
@@ -144,7 +144,7 @@ def describe(work: Workload, kind: loading.Kind) -> str:
 @click.option("--audio", help="Folder or jsonl of clips for a speech model; default: noise.")
 @click.option("--limit", type=int, default=8, show_default=True, help="Clips to use.")
 @click.option("--language", default="en", show_default=True, help="Language code of the clips.")
-@click.option("--repeats", type=int, default=7, show_default=True)
+@click.option("--repeats", type=int, default=8, show_default=True, help="Even numbers balance which side goes first.")
 @click.option("--warmup", type=int, default=2, show_default=True)
 @click.option("--dtype", type=click.Choice([*loading.DTYPES]), default="bfloat16", show_default=True)
 @click.option("--device", default=lambda: "cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if present")
