@@ -7,26 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from quant.eval import evaluate, harness, loading, perplexity, report
 from quant.eval.speed import Side, SpeedResult, Spread
-
-WORDS = ["[UNK]", *(f"w{i}" for i in range(60))]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny random Llama with a word tokenizer, as a checkpoint folder."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=64, **shape)).save_pretrained(path)
-    words = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[UNK]").save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

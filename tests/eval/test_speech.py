@@ -136,7 +136,8 @@ def test_normalizer_names_what_it_lacks(tmp_path, monkeypatch):
     bare = SimpleNamespace(tokenizer=SimpleNamespace())
     normalize, name = wer.normalizer(bare, "en", tmp_path)
     assert name == "whisper-english without spelling map"
-    assert normalize("Mr. Smith's colour won't cost $20,000!").split() == ["mister", "smith", "is", "colour", "will", "not", "cost", "$20000"]
+    plain = normalize("Mr. Smith's colour won't cost $20,000!")
+    assert plain.split() == ["mister", "smith", "is", "colour", "will", "not", "cost", "$20000"]
     (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
     normalize, name = wer.normalizer(bare, "en", tmp_path)
     assert name == "whisper-english"
