@@ -39,19 +39,25 @@ OUTPUTS = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32"}
 
 @dataclass(frozen=True, kw_only=True)
 class Binary:
-    """One compiled program. `cubin` is the device code; `ttgir` shows the layouts the compiler chose."""
+    """One compiled program. `code` is the cubin (AMD: hsaco); `ttgir` shows the layouts the compiler chose."""
 
     name: str
-    cubin: bytes
+    code: bytes
     ttgir: str
     shared_bytes: int
     warps: int
 
 
 def compile_program(
-    program: Any, signature: dict[str, str], constants: dict[str, Any], aligned: set[str], arch: int, warps: int, stages: int
+    program: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: set[str],
+    arch: int | str,
+    warps: int,
+    stages: int,
 ) -> Binary:
-    """Compile one Triton program for sm_`arch`.
+    """Compile one Triton program for sm_`arch`, or for an AMD architecture such as "gfx942".
 
     signature: type of every run-time argument; constants: value of every other one; aligned: arguments divisible by 16
     (the loads shrink without it). Raises RuntimeError under TRITON_INTERPRET.
@@ -70,23 +76,31 @@ def compile_program(
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    built = triton.compile(source, target=target, options=options)
     return Binary(
         name=built.metadata.name,
-        cubin=built.asm["cubin"],
+        code=built.asm["cubin" if isinstance(arch, int) else "hsaco"],
         ttgir=built.asm["ttgir"],
         shared_bytes=built.metadata.shared,
         warps=built.metadata.num_warps,
     )
 
 
-def compile_matmul(tile: Tile, arch: int, half: int, pair: bool, output: str = "bfloat16") -> Binary:
-    """`matmul_tile` with bias for sm_`arch`. pair: the two halves of a block lie in different groups (G = HALF)."""
+def compile_matmul(tile: Tile, arch: int | str, half: int, pair: bool, output: str = "bfloat16") -> Binary:
+    """`matmul_tile` with bias. pair: the two halves of a block lie in different groups. AMD gets the plain twin."""
     from quant.kernels.gpu.jit.a8w4 import matmul_tile
 
     signature = POINTERS | {"y_ptr": OUTPUTS[output]} | {name: kind for name, (kind, _) in SCALARS.items()}
     constants = dict(
-        BM=tile.bm, BN=tile.bn, HALF=half, PAIR=pair, SWAP=tile.swap, BIAS=True, BF16=output == "bfloat16", INLINE=True
+        BM=tile.bm,
+        BN=tile.bn,
+        HALF=half,
+        PAIR=pair,
+        SWAP=tile.swap,
+        BIAS=True,
+        BF16=output == "bfloat16",
+        INLINE=isinstance(arch, int),
     )
     aligned = {*POINTERS, "y_ptr", *(name for name, (_, known) in SCALARS.items() if known)}
     return compile_program(matmul_tile, signature, constants, aligned, arch, tile.warps, tile.stages)
@@ -127,20 +141,23 @@ class Row:
         return self.shared_bytes <= SHARED_LIMIT_BYTES[self.arch]
 
 
-def measure(tile: Tile, arch: int, half: int, pair: bool) -> Row:
-    """Compile one tile and count its hot loop."""
-    built = compile_matmul(tile, arch, half, pair)
-    counts = sass.count(built.cubin, weights=tile.bn * 2 * half, tokens=tile.bm, warps=tile.warps)
+def measured(built: Binary, tile: Tile, arch: int, half: int, pair: bool) -> Row:
+    """The counts of what `compile_matmul` returned for the same arguments."""
+    counts = sass.count(built.code, weights=tile.bn * 2 * half, tokens=tile.bm, warps=tile.warps)
     return Row(arch=arch, half=half, pair=pair, tile=tile, shared_bytes=built.shared_bytes, counts=counts)
 
 
-def every_row() -> Iterator[Row]:
-    """All tiles of the table, each with halves in the same group and in different groups."""
+def programs() -> Iterator[tuple[int, int, bool]]:
+    """(architecture, HALF, pair). A HALF of 32 means an odd number of halves per group, so it is always a pair."""
     for arch in ARCHITECTURES:
-        for half in (64, 32):
-            for tile in tiles(arch, half):
-                for pair in (False, True):
-                    yield measure(tile, arch, half, pair)
+        yield from ((arch, 64, False), (arch, 64, True), (arch, 32, True))
+
+
+def every_row() -> Iterator[Row]:
+    """Every program that `launch` can ask for, compiled and counted."""
+    for arch, half, pair in programs():
+        for tile in tiles(arch, half):
+            yield measured(compile_matmul(tile, arch, half, pair), tile, arch, half, pair)
 
 
 def report(rows: list[Row]) -> None:
