@@ -1,0 +1,189 @@
+"""How fast the CPU kernels are beside torch's own, in one process: `python -m quant.eval.kernel_speed [--threads 1]`.
+
+Rivals: `torch int4` (aten::_weight_int4pack_mm_for_cpu, bfloat16 tokens, group 128), `torch int8` (torch._int_mm, whose
+tokens are already quantized and whose output is raw int32), `torch bf16` (linear). Every candidate is called once per
+round, so a machine that slows down slows all of them; medians over rounds are printed. One token reads its weights
+cold: each call uses the next of enough copies to exceed the last-level cache several times. `stream` is a torch sum
+over memory, the yardstick for reading bandwidth; the share of it that a kernel reaches counts every byte it stores.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quant.kernels import dispatch
+from quant.kernels.dispatch import MatmulSpec
+from quant.kernels.format import Codes, Format
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int_group import IntGroup
+
+GROUP = 128
+COLD_BYTES = 160 << 20  # of copies of one weight; several times the last-level cache of usual machines
+Call = Callable[[], object]
+
+
+def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
+    """A valid random [n, k] weight in `fmt` (int4_dual or int_group)."""
+    groups = k // GROUP
+    if isinstance(fmt, Int4Dual):
+        scale = torch.full((n, groups), 8, dtype=torch.uint8)
+        params = {"group_scale": scale, "group_offset": torch.full((n, groups), -64, dtype=torch.int8)}
+        return fmt.pack(Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params | {"row_scale": torch.rand(n)}))
+    assert isinstance(fmt, IntGroup)
+    params = {"weight_scale": torch.rand(n, fmt.groups(k)).to(fmt.scale_dtype)}
+    if not fmt.symmetric:
+        params["weight_zero"] = torch.randint(0, 2**fmt.bits, (n, fmt.groups(k)), dtype=torch.uint8)
+    return fmt.pack(Codes(torch.randint(0, 2**fmt.bits, (n, k), dtype=torch.uint8), params))
+
+
+def copies_of(tensors: tuple[Tensor, ...], cold: bool) -> list[tuple[Tensor, ...]]:
+    """One copy, or when `cold` enough to exceed COLD_BYTES."""
+    size = sum(t.nbytes for t in tensors)
+    count = COLD_BYTES // size + 1 if cold else 1
+    return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
+
+
+def rotating(function: Callable[..., object], weights: list[tuple[Tensor, ...]]) -> Call:
+    """A call without arguments that uses the next weight each time."""
+    following: Iterator[tuple[Tensor, ...]] = itertools.cycle(weights)
+    return lambda: function(*next(following))
+
+
+def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
+    """Name -> (call, bytes of weight it reads) of every C++ kernel that does not refuse."""
+    x = torch.randn(m, k).bfloat16()
+    problems: list[tuple[Format, str]] = [
+        (Int4Dual(group=GROUP), "int8_token"),
+        (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
+        (IntGroup(bits=4, group=GROUP, symmetric=True), "none"),
+    ]
+    out = {}
+    for fmt, activation in problems:
+        spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cpu")
+        kernel, refusals = dispatch.choose(spec)
+        if kernel.name == "reference":
+            raise ValueError(f"there is no C++ kernel to measure for {fmt.name}: {refusals}")
+        weights = copies_of(kernel.prepare(random_fields(fmt, n, k), spec), cold=m == 1)
+
+        def call(*prepared: Tensor, kernel: dispatch.Kernel = kernel, spec: MatmulSpec = spec) -> Tensor:
+            return kernel.matmul(x, prepared, None, spec)
+
+        out[kernel.name] = rotating(call, weights), sum(t.nbytes for t in weights[0])
+    return out
+
+
+def rivals(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
+    """The same for torch's kernels, and for plain reading."""
+    x, q = torch.randn(m, k).bfloat16(), torch.randint(-127, 128, (m, k), dtype=torch.int8)
+    cold = m == 1
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
+    scales = torch.rand(k // GROUP, n, 2).bfloat16()
+    int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
+    out: dict[str, tuple[Call, int]] = {
+        "torch int4": (
+            rotating(lambda w, s: int4(x, w, GROUP, s), copies_of((packed, scales), cold)),
+            packed.nbytes + scales.nbytes,
+        ),
+        "torch bf16": (
+            rotating(lambda w: torch.nn.functional.linear(x, w), copies_of((torch.randn(n, k).bfloat16(),), cold)),
+            2 * n * k,
+        ),
+    }
+    if m > 16:  # torch._int_mm accepts no fewer tokens
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        out["torch int8"] = (lambda: torch._int_mm(q, weight.t())), n * k
+    chunk = torch.ones(2 << 20, dtype=torch.int64)
+    return out | {"stream": (rotating(torch.sum, copies_of((chunk,), cold=True)), chunk.nbytes)}
+
+
+def measure(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; all are called in turn, `rounds` times after two warm-up rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def kernel_speed(
+    *, tokens: tuple[int, ...] = (1, 512), n: int = 4096, k: int = 4096, threads: int = 1, rounds: int | None = None
+) -> list[dict[str, Any]]:
+    """One row per kernel and token count: median milliseconds, GB/s of weights, speed relative to each rival.
+
+    Raises ValueError where the C++ kernels are not built or K is no multiple of 128.
+    """
+    if k % GROUP:
+        raise ValueError(f"k {k} is not a multiple of {GROUP}, the group length of the comparison; give a multiple")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rows = []
+    try:
+        for m in tokens:
+            candidates = ours(m, n, k) | rivals(m, n, k)
+            counted = rounds or (100 if m == 1 else 9)
+            times = measure({name: call for name, (call, _) in candidates.items()}, counted)
+            stream = candidates["stream"][1] / times["stream"]
+            for name, seconds in times.items():
+                bandwidth = candidates[name][1] / seconds
+                row = {"threads": threads, "m": m, "n": n, "k": k, "kernel": name, "ms": seconds * 1e3}
+                row |= {"weight_gb_s": bandwidth / 1e9, "of_stream": bandwidth / stream}
+                if name != "stream":
+                    row["tops"] = 2e-12 * m * n * k / seconds
+                    row["speed_vs"] = {rival: times[rival] / seconds for rival in times if rival.startswith("torch")}
+                rows.append(row)
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    versus = ["torch int4", "torch int8", "torch bf16"]
+    out = Table(title=f"CPU kernels, torch {torch.__version__}, times are medians, ratios above 1 are faster")
+    for heading in ("threads", "M", "N x K", "kernel", "ms", "TOPS", "GB/s", "of stream", *(f"vs {name}" for name in versus)):
+        out.add_column(heading, justify="left" if heading == "kernel" else "right")
+    for row in rows:
+        speed = row.get("speed_vs", {})
+        ratios = [f"{speed[name]:.2f}" if name in speed else "" for name in versus]
+        size = (str(row["threads"]), str(row["m"]), f"{row['n']} x {row['k']}", row["kernel"], f"{row['ms']:.3f}")
+        tops = f"{row['tops']:.3f}" if "tops" in row else ""
+        out.add_row(*size, tops, f"{row['weight_gb_s']:.1f}", f"{row['of_stream']:.0%}", *ratios)
+    return out
+
+
+@click.command()
+@click.option("--threads", "-t", multiple=True, type=int, default=(1,), show_default=True, help="Repeat for several counts.")
+@click.option("--tokens", "-m", multiple=True, type=int, default=(1, 512), show_default=True)
+@click.option("--n", type=int, default=4096, show_default=True, help="Out features.")
+@click.option("--k", type=int, default=4096, show_default=True, help="In features.")
+@click.option("--rounds", type=int, default=None, help="Rounds per token count. [100 for one token, else 9]")
+@click.option("--json", "file", type=click.Path(path_type=Path), default=None, help="Also write the rows to this file.")
+def main(threads: tuple[int, ...], tokens: tuple[int, ...], n: int, k: int, rounds: int | None, file: Path | None) -> None:
+    """Times the C++ kernels beside torch's int4, int8 and bfloat16 matmuls."""
+    try:
+        rows = [row for t in threads for row in kernel_speed(tokens=tokens, n=n, k=k, threads=t, rounds=rounds)]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    Console(width=150).print(table(rows))
+    if file:
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
