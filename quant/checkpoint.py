@@ -19,6 +19,7 @@ import torch
 
 from quant.kernels.format import Format, from_config
 from quant.models import DTYPES, Entry, entry_bytes
+from quant.stacks import PACKED
 from quant.targets import Target
 
 METHOD = "lowbit"
@@ -184,7 +185,7 @@ def require_version(section: Mapping[str, Any]) -> None:
 
 def layers_on_disk(tensors: Mapping[str, Entry]) -> list[str]:
     """Names of the packed layers of a checkpoint."""
-    return [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    return [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]
 
 
 def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]]) -> None:

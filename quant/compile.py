@@ -209,10 +209,10 @@ def materialize(
         value = weights.read(disk[full])
         owner = module.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
-        if value.shape != owner._parameters[leaf].shape:  # type: ignore[union-attr]
-            raise ValueError(
-                f"{full} is {list(value.shape)} on disk; config.json asks for {list(owner._parameters[leaf].shape)}"
-            )  # type: ignore[union-attr]
+        old = owner._parameters[leaf]
+        assert old is not None
+        if value.shape != old.shape:
+            raise ValueError(f"{full} is {list(value.shape)} on disk; config.json asks for {list(old.shape)}")
         if not value.isfinite().all():
             raise ValueError(f"{full} holds a NaN or an infinity; repair the checkpoint before quantizing it")
         owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)

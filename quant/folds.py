@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +66,18 @@ class BlockView:
         if maker_name is None:
             return "no norm or linear in the block makes its input"
         maker = self.module(maker_name)
-        shared = share_over_heads(r, maker, self.module(maker_name.rpartition(".")[0]))
+        weight, bias = maker.weight, getattr(maker, "bias", None)
+        assert isinstance(weight, Tensor)
+        shared = share_over_heads(r, len(weight), self.module(maker_name.rpartition(".")[0]))
         if shared is None:
-            return f"{maker_name} makes {maker.weight.shape[0]} channels, {len(r)} are read"
+            return f"{maker_name} makes {len(weight)} channels, {len(r)} are read"
         at_maker, r = shared
         before = self.run()
-        touched = {f"{maker_name}.weight": maker.weight, f"{maker_name}.bias": getattr(maker, "bias", None)}
+        touched: dict[str, Any] = {f"{maker_name}.weight": weight, f"{maker_name}.bias": bias}
         touched |= {f"{name}.weight": self.linear(name).weight for name in group.names}
-        saved = {name: (p, p.detach().clone()) for name, p in touched.items() if p is not None}
+        saved: dict[str, tuple[Tensor, Tensor]] = {
+            name: (p, p.detach().clone()) for name, p in touched.items() if p is not None
+        }
         for name, (param, _) in saved.items():
             if name.startswith(f"{maker_name}."):
                 param.data /= at_maker.view(-1, *[1] * (param.dim() - 1))
@@ -91,12 +96,10 @@ class BlockView:
         return None
 
 
-def share_over_heads(r: Tensor, maker: nn.Module, parent: nn.Module) -> tuple[Tensor, Tensor] | None:
+def share_over_heads(r: Tensor, width: int, parent: nn.Module) -> tuple[Tensor, Tensor] | None:
     """(r at the maker, r at the reader). With grouped-query attention several reader channels share one maker channel,
     so they share the largest factor. None when the widths do not divide.
     """
-    width = maker.weight.shape[0]
-    assert isinstance(width, int)
     if width == len(r):
         return r, r
     head = getattr(parent, "head_dim", None)

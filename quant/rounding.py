@@ -25,7 +25,8 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
         if int(info) == 0:
             upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if int(bad) == 0:
-                return upper.float()
+                factor: Tensor = upper.float()
+                return factor
     raise ValueError(f"the Gram matrix is not positive definite even with {100 * damp:g} damping; calibrate on more tokens")
 
 

@@ -36,7 +36,7 @@ def by_rows(search: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tupl
     A search makes dozens of passes over its weights; slices that stay in a core's cache make it several times faster.
     """
     rows = max(1, CHUNK // tensors[0][0].numel())
-    parts = [search(*chunk) for chunk in zip(*(t.split(rows) for t in tensors), strict=True)]
+    parts = [search(*chunk) for chunk in zip(*(torch.split(t, rows) for t in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

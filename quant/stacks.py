@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.models import read_header
+
+PACKED = ".weight_packed"
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -62,27 +66,36 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def disk_names(model: nn.Module, on_disk: Iterable[str]) -> dict[str, str]:
-    """Parameter name in memory -> tensor name on disk, for every parameter that is stored.
+    """Parameter name in memory -> tensor name on disk, for every parameter that is stored."""
+    return match_names((name for name, _ in model.named_parameters()), on_disk, least=2)
+
+
+def disk_layers(layers: Iterable[str], files: Iterable[str | Path]) -> dict[str, str]:
+    """Packed layer in memory -> its name on disk, read from the headers of a checkpoint's safetensors files."""
+    stored = [name for file in files for name in read_header(Path(file))]
+    packed = [name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)]
+    return match_names(layers, packed, least=1)
+
+
+def match_names(wanted: Iterable[str], stored: Iterable[str], least: int) -> dict[str, str]:
+    """wanted -> stored name. Equal, or else the longest common suffix of at least `least` components, if it is unique.
 
     Names agree for most models; composite models are renamed by transformers on loading, and a checkpoint of a bare
-    base model lacks the leading component. The longest common suffix decides, if it is unique.
+    base model lacks the leading component.
     """
-    stored = set(on_disk)
+    known = set(stored)
     by_tail: dict[str, list[str]] = {}
-    for name in stored:
+    for name in known:
         parts = name.split(".")
         for i in range(len(parts)):
             by_tail.setdefault(".".join(parts[i:]), []).append(name)
     found: dict[str, str] = {}
-    for name, _ in model.named_parameters():
-        if name in stored:
-            found[name] = name
-            continue
+    for name in wanted:
         parts = name.split(".")
-        for i in range(1, len(parts) - 1):
+        for i in range(len(parts) - least + 1):
             candidates = by_tail.get(".".join(parts[i:]), [])
-            if len(candidates) == 1:
-                found[name] = candidates[0]
+            if name in known or len(candidates) == 1:
+                found[name] = name if name in known else candidates[0]
             if candidates:
                 break
     return found

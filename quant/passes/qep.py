@@ -26,4 +26,5 @@ class Pass(Corrector):
         h = stats.gram.double()
         ridge = self.damp * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
         shift = torch.linalg.solve(h + ridge, (stats.cross.double() - h).T).T  # (C - H) (H + ridge)^-1
-        return weight + self.strength * (weight @ shift.float())
+        moved: Tensor = weight + self.strength * (weight @ shift.float())
+        return moved

@@ -1,0 +1,134 @@
+"""`quant.quantize`: a float model in, a low-bit folder and model out. The command does the same through `compile_folder`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quant import checkpoint
+from quant.card import model_card
+from quant.compile import BlockReport, Listener, run_blocks
+from quant.loading import load
+from quant.models import INDEX
+from quant.plan import Plan, make_plan
+from quant.recipe import load_recipe
+from quant.resources import peak_memory_bytes
+from quant.samples import make_samples
+from quant.workspace import Workspace
+
+NOT_COPIED = {"config.json", INDEX, "README.md", "report.json", "recipe.yaml"}
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    recipe: str = "dgq",
+    output: str | Path | None = None,
+    *,
+    calib: str | None = None,
+    overrides: Iterable[str] = (),
+    device: str = "cpu",
+    tokenizer: Any = None,
+) -> Any:
+    """The packed transformers model of `model`, written to `output` on the way.
+
+    model: folder, hub id, demo:NAME, or a transformers model in memory, which then needs its `tokenizer` (or processor).
+    recipe: a shipped recipe or a .yaml file; overrides: "key.key=value". calib: as in the recipe's calibration.source.
+    output None: the folder is temporary and gone when this returns. Raises ValueError with one line for user mistakes.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(model, nn.Module):
+            if tokenizer is None:
+                raise ValueError("a model in memory needs tokenizer= (or its processor) to calibrate and to be saved with")
+            given = Path(scratch) / "source"
+            model.save_pretrained(given)  # type: ignore[operator]
+            tokenizer.save_pretrained(given)
+            model = str(given)
+        sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
+        plan = make_plan(str(model), load_recipe(recipe, sets))
+        target = Path(output) if output is not None else Path(scratch) / "packed"
+        require_free(target)
+        return load(compile_folder(plan, target, torch.device(device)))
+
+
+def require_free(output: Path) -> None:
+    """Raise ValueError unless `output` does not exist or is an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} already exists and is not empty; give another -o or remove it")
+
+
+def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Listener = lambda done, total, block: None) -> Path:
+    """Run a plan to the end and return `output`. An interrupted run leaves OUTPUT.partial and goes on when called again."""
+    require_free(output)
+    began = time.monotonic()
+    samples, calibration = make_samples(plan, device)
+    work = Workspace(output, plan.identity(calibration))
+    resumed = len(work.reports)
+    blocks = run_blocks(plan, samples, work, device, listen)
+    final = work.folder / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
+    checkpoint.write(final, plan.pieces(work.made()))
+    config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = plan.config_section()
+    (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (final / "recipe.yaml").write_text(plan.recipe.dump(), encoding="utf-8")
+    report = make_report(plan, blocks, calibration, str(device), time.monotonic() - began, resumed)
+    (final / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (final / "README.md").write_text(model_card(plan, report, output.name), encoding="utf-8")
+    for path in sorted(plan.source.iterdir()):
+        if path.is_file() and path.suffix in COPIED and path.name not in NOT_COPIED:
+            shutil.copyfile(path, final / path.name)
+    if output.is_dir():
+        output.rmdir()
+    os.replace(final, output)
+    work.remove()
+    return output
+
+
+def make_report(
+    plan: Plan, blocks: list[BlockReport], calibration: str, device: str, seconds: float, resumed: int
+) -> dict[str, Any]:
+    """report.json: totals, environment, and one entry per layer."""
+    import transformers
+
+    from quant import __version__
+
+    float_bytes = sum(e.stop - e.start for e in plan.tensors.values())
+    return {
+        "source": plan.given,
+        "recipe": plan.recipe.name,
+        "calibration": calibration,
+        "totals": {
+            "layers": len(plan.targets),
+            "kept_in_float": plan.selection.kept,
+            "packed_weights": plan.packed_weights(),
+            "packed_bits_per_weight": 8 * plan.packed_bytes() / plan.packed_weights(),
+            "weight_files_bytes": plan.bytes_on_disk(),
+            "source_weights_bytes": float_bytes,
+            "seconds": seconds,
+            "blocks_resumed": resumed,
+            "peak_memory_bytes": peak_memory_bytes(),
+        },
+        "environment": {
+            "lowbit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": device,
+        },
+        "blocks": [asdict(block) for block in blocks],
+    }

@@ -1,0 +1,55 @@
+"""The README.md of a quantized folder: a model card that says what was done, what it cost, and how to load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quant.plan import Plan
+
+CARD = """---
+library_name: lowbit
+tags: [quantized, {recipe}]
+base_model: {source}
+---
+
+# {name}
+
+`{source}`, quantized by [lowbit](https://pypi.org/project/lowbit/) with recipe `{recipe}`: {description}.
+
+    import quant
+    model = quant.load("{name}")
+
+`AutoModel*.from_pretrained` works after `import quant`; without that import transformers refuses these weights.
+
+| | |
+| --- | --- |
+| packed linears | {layers}, {bits:.3f} bits per weight, scales included |
+| weight files | {megabytes:.1f} MB (source {source_megabytes:.1f} MB) |
+| kept in float | {kept} |
+| activations | {activation} |
+| calibration | {calibration} |
+| mean layer error | {error:.4f} (round-to-nearest {rtn_error:.4f}), relative to the layer's output |
+
+The exact recipe is in `recipe.yaml`, errors layer by layer in `report.json`. Measure it: `quantize eval {name}`.
+"""
+
+
+def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
+    """The card of a finished run."""
+    totals = report["totals"]
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    return CARD.format(
+        recipe=plan.recipe.name,
+        source=plan.given,
+        name=name,
+        description=plan.recipe.description,
+        layers=totals["layers"],
+        bits=totals["packed_bits_per_weight"],
+        megabytes=totals["weight_files_bytes"] / 1e6,
+        source_megabytes=totals["source_weights_bytes"] / 1e6,
+        kept=", ".join(totals["kept_in_float"]) or "only what is not a linear layer",
+        activation=plan.recipe.activation,
+        calibration=report["calibration"],
+        error=sum(layer["error"] for layer in layers) / len(layers),
+        rtn_error=sum(layer["rtn_error"] for layer in layers) / len(layers),
+    )

@@ -1,0 +1,158 @@
+"""`quantize`: the command. The first argument is a verb or a model; anything that is no verb is a model."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+VERBS = {
+    "eval": "quant.eval.evaluate:command",
+    "bench": "quant.eval.speed:command",
+    "inspect": "quant.show:command",
+}
+
+
+class Verbs(click.Group):
+    """Verbs are imported when they are used; everything else goes to the main job."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "MODEL":
+            return job
+        module, _, name = VERBS[cmd_name].partition(":")
+        found: click.Command = getattr(importlib.import_module(module), name)
+        return found
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] in ("--help", "-h"):
+            args = ["MODEL", "--help"]
+        elif args[0] not in VERBS:
+            args = ["MODEL", *args]
+        return super().parse_args(ctx, args)
+
+
+EPILOG = "Verbs: quantize eval OUT, quantize bench OUT, quantize inspect OUT; each has its own --help."
+
+
+@click.command("quantize", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", required=False)
+@click.option("--recipe", "recipe_name", default="dgq", show_default=True, help="A recipe's name, or a .yaml file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; MODEL-RECIPE by default.")
+@click.option("--calib", metavar="SOURCE", help="wikitext2, c4, a text or jsonl file, or a folder of audio.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. format.group=128.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device for the arithmetic of a block.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
+@click.option("--plan", "only_plan", is_flag=True, help="Say what would happen; read no weights.")
+@click.option("--list", "only_list", is_flag=True, help="Recipes and demo models.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def job(
+    model: str | None,
+    recipe_name: str,
+    output: Path | None,
+    calib: str | None,
+    overrides: tuple[str, ...],
+    device: str,
+    threads: int | None,
+    only_plan: bool,
+    only_list: bool,
+    quiet: bool,
+) -> None:
+    """Quantize MODEL (a folder, a hub id, or demo:NAME) and write a folder that loads where you serve."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    if only_list:
+        list_all(console)
+        return
+    if model is None:
+        raise ValueError("no model given; give a folder, a hub id or demo:smollm2-135m, or use --list")
+    from quant.recipe import load_recipe
+
+    sets = [*overrides, *([f"calibration.source={calib!r}"] if calib else [])]
+    recipe = load_recipe(recipe_name, sets)
+    import torch
+
+    from quant.checkpoint import safe_name
+
+    target = output or Path(f"{safe_name(model.removeprefix('demo:').rstrip('/').rpartition('/')[2])}-{recipe.name}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from quant.api import compile_folder, require_free
+    from quant.plan import make_plan
+
+    say = (lambda line: None) if quiet else (lambda line: console.print(line))
+    if not only_plan:
+        require_free(target)
+    plan = make_plan(model, recipe, say)
+    if only_plan:
+        from quant.show import print_plan
+
+        print_plan(console, plan, device, target)
+        return
+    from quant.progress import Reporter
+
+    with Reporter(console, quiet) as reporter:
+        compile_folder(plan, target, torch.device(device), reporter.block)
+    if not quiet:
+        from quant.show import print_result
+
+        print_result(console, target)
+
+
+def list_all(console: Any) -> None:
+    """Recipes and demo models, one line each."""
+    from quant.demo import DEMOS
+    from quant.recipe import available
+
+    for title, rows in (("recipes", available()), ("demo models", {f"demo:{n}": d.description for n, d in DEMOS.items()})):
+        console.print(f"[bold]{title}[/bold]")
+        for name, text in rows.items():
+            console.print(f"  {name:24} {text}")
+
+
+main_group = Verbs(name="quantize", add_help_option=False)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; 0 done, 2 the user can fix it (one line on stderr), 130 interrupted; a bug is a traceback and 1."""
+    # Idle OpenMP threads must sleep, not spin: on a shared machine spinning costs several times the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        main_group.main(args=None if args is None else list(args), prog_name="quantize", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except ValueError as error:
+        if not error.args or "\n" in str(error):
+            raise
+        print(f"quantize: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"quantize: {error.strerror}{where}; free space or give another -o, then run the same command again",
+            file=sys.stderr,
+        )
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("quantize: stopped; finished blocks are kept, the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Calibration samples for a plan: text windows, or speech with the token ids its decoder is taught with."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant import audio, text
+from quant.calibrate import Sample
+from quant.plan import COMPUTE, Plan
+
+
+def make_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
+    """The recipe's calibration data as model inputs, and a line that says what it is.
+
+    Raises ValueError (one line) for data that is missing, too short, or not what the model hears or reads.
+    """
+    samples, line = speech_samples(plan, device) if plan.speech else text_samples(plan, device)
+    digest = hashlib.sha256()
+    for sample in samples:
+        for key in sorted(sample.inputs):
+            digest.update(sample.inputs[key].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return samples, f"{line}, sha256 {digest.hexdigest()[:16]}"
+
+
+def text_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
+    """Windows of tokens [1, length]."""
+    from transformers import AutoTokenizer
+
+    wanted = plan.recipe.calibration
+    corpus = text.documents(wanted.source, "calibration")
+    tokenizer = AutoTokenizer.from_pretrained(plan.source)
+    count = max(1, wanted.tokens // wanted.length)
+    found = text.windows(tokenizer, corpus, wanted.length, count, plan.recipe.seed)
+    samples = [Sample({"input_ids": row.unsqueeze(0).to(device)}) for row in found.tokens]
+    line = f"{corpus.name}: {len(samples)} windows of {wanted.length} tokens"
+    if len(samples) < count:
+        line += f" ({count} asked, {found.available} tokens available)"
+    return samples, line
+
+
+def speech_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
+    """Clips with their transcripts; where there is none, the float model's own greedy text."""
+    import transformers
+
+    wanted = plan.recipe.calibration
+    clips = audio.clips(wanted.source, wanted.clips)
+    processor = transformers.AutoProcessor.from_pretrained(plan.source)
+    model: Any = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(plan.source, dtype=torch.float32).to(device).eval()
+    ids = audio.targets(model, processor, clips)
+    del model
+    samples = []
+    for features, target in zip(audio.features(processor, clips), ids, strict=True):
+        mel = features.input_features.to(device, COMPUTE)
+        frames = mel.shape[-1] // audio.ENCODER_STRIDE
+        mask: Tensor = (torch.arange(frames, device=device) < features.frames).unsqueeze(0)
+        samples.append(Sample({"input_features": mel, "decoder_input_ids": target.view(1, -1).to(device)}, {frames: mask}))
+    seconds = sum(clip.seconds for clip in clips)
+    taught = sum(clip.text is not None for clip in clips)
+    return samples, f"{wanted.source}: {len(clips)} clips, {seconds:.0f} s, {taught} with transcript"

@@ -1,0 +1,95 @@
+"""lowbit checkpoints in transformers: `AutoModel*.from_pretrained(OUT)` and `save_pretrained` after `import quant`.
+
+transformers has no entry point for quantizers. `import quant` therefore registers this file as soon as transformers'
+quantizer registry is imported (`serve/hook.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quant.checkpoint import METHOD, SENTINEL_SHAPE, require_version, scheme_of
+from quant.linear import PackedLinear
+from quant.stacks import disk_layers
+
+
+@register_quantization_config(METHOD)
+class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` section, kept as it was read."""
+
+    def __init__(self, **section: Any) -> None:
+        require_version(section)
+        self.section = {**section, "quant_method": METHOD}
+        self.quant_method = METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes back into config.json."""
+        return dict(self.section)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """There are no defaults to leave out."""
+        return self.to_dict()
+
+
+@register_quantizer(METHOD)
+class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces linears by empty PackedLinears before transformers reads the tensors."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Everything needed is a dependency of this package."""
+        if not self.pre_quantized:
+            raise ValueError("a lowbit config only describes a packed checkpoint; make one with: quantize --recipe dgq MODEL")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        section = self.quantization_config.section
+        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        names = disk_layers(list(linears), checkpoint_files or [])
+        replaced = []
+        for name, module in linears.items():
+            scheme = scheme_of(section, names.get(name, name))
+            if scheme is None or (names and name not in names):
+                continue
+            packed = PackedLinear(
+                module.in_features,
+                module.out_features,
+                *scheme,
+                bias=module.bias is not None,
+                device=module.weight.device,
+                dtype=module.weight.dtype,
+            )
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, packed)
+            replaced.append(name)
+        if not replaced:
+            raise ValueError("no rule of quantization_config matches a linear of this model; config.json is damaged")
+        self.sentinel = f"{replaced[0]}.weight"
+        ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        on_disk = names.get(replaced[0], replaced[0])
+        setattr(model, "_keys_to_ignore_on_load_unexpected", {*ignored, rf"^{re.escape(on_disk)}\.weight$"})  # noqa: B010
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The canonical bytes of every packed layer, and the sentinel that stops loaders that do not know us."""
+        state = model.state_dict()
+        state[self.sentinel] = torch.empty(SENTINEL_SHAPE, dtype=torch.uint8)
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        """save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False

@@ -1,0 +1,118 @@
+"""`quantize inspect OUT`, `--plan` and the lines after a run: tables of what is, or would be, in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from quant.checkpoint import layers_on_disk, read_config
+from quant.models import index
+from quant.plan import Plan
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB with the exact number beside it."""
+    return f"{count / 1e6:,.1f} MB ({count:,} bytes)"
+
+
+def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
+    """What a run would do; nothing was read but headers."""
+    from quant.forecast import peak_memory_bytes
+
+    recipe = plan.recipe
+    console.print(f"{plan.given} -> {output}, recipe {recipe.name}: {recipe.description}")
+    table = Table("layers", "count", "[N, K]", "format", "activation", "bits/weight", "note", box=None)
+    rows: dict[tuple[str, ...], int] = {}
+    for t in plan.targets.values():
+        pattern = ".".join("*" if part.isdigit() else part for part in t.name.split("."))
+        fmt = " ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in t.format.config().items())
+        key = (pattern, f"[{t.n}, {t.k}]", fmt, t.activation, f"{t.format.bits_per_weight(t.n, t.k):.3f}", t.note)
+        rows[key] = rows.get(key, 0) + 1
+    for (pattern, shape, *rest), count in rows.items():
+        table.add_row(pattern, str(count), shape.replace("[", r"\["), *rest)
+    console.print(table)
+    for name, reason in plan.selection.kept.items():
+        console.print(f"kept in float: {name}: {reason}")
+    for kernel, (count, refusals) in plan.kernels(torch_device(device)).items():
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        console.print(f"kernel on {device}: {kernel} for {count} layers" + (f" ({why})" if why else ""))
+    bits = 8 * plan.packed_bytes() / plan.packed_weights()
+    console.print(f"packed linears: {plan.packed_weights():,} weights at {bits:.3f} bits, {megabytes(plan.packed_bytes())}")
+    console.print(f"weight files on disk: {megabytes(plan.bytes_on_disk())}, exact")
+    console.print(f"peak memory of the run: about {peak_memory_bytes(plan) / 1e6:,.0f} MB")
+
+
+def torch_device(device: str) -> str:
+    """The device type of a torch device string."""
+    return device.partition(":")[0]
+
+
+def print_result(console: Console, folder: Path) -> None:
+    """The lines after a finished run."""
+    report = json.loads((folder / "report.json").read_text())
+    totals = report["totals"]
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    mean = sum(layer["error"] for layer in layers) / len(layers)
+    rtn = sum(layer["rtn_error"] for layer in layers) / len(layers)
+    console.print(f"calibrated on {report['calibration']}")
+    console.print(
+        f"{folder}: {totals['layers']} linears at {totals['packed_bits_per_weight']:.3f} bits per weight, "
+        f"{totals['weight_files_bytes'] / 1e6:.1f} MB of {totals['source_weights_bytes'] / 1e6:.1f}, "
+        f"mean layer error {mean:.4f} (round-to-nearest {rtn:.4f}), "
+        f"{totals['seconds']:.0f} s, peak memory {totals['peak_memory_bytes'] / 1e6:,.0f} MB"
+    )
+    console.print(f'load it: quant.load("{folder}"); prove it: quantize eval {folder}; time it: quantize bench {folder}')
+
+
+@click.command("inspect")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="Every layer instead of one line per kind.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write the tables as an HTML page.")
+def command(out: Path, layers: bool, html: Path | None) -> None:
+    """Formats, bits per weight, per-layer error and provenance of a quantized folder."""
+    section = read_config(out)["quantization_config"]
+    tensors = index(out)
+    path = out / "report.json"
+    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    console = Console(record=html is not None, soft_wrap=True, highlight=False)
+    console.print(f"{out}: format version {section['version']}, {len(layers_on_disk(tensors))} packed layers")
+    for rule in section["rules"]:
+        console.print(f"  {rule['match']}: {rule['format']}, activation {rule['activation']}")
+    size = sum(entry.stop - entry.start for entry in tensors.values())
+    console.print(f"tensors: {len(tensors)}, {megabytes(size)}")
+    if report:
+        totals = report["totals"]
+        console.print(f"made from {report['source']} by recipe {report['recipe']}, calibrated on {report['calibration']}")
+        console.print(f"packed linears: {totals['packed_bits_per_weight']:.3f} bits per weight; {totals['seconds']:.0f} s")
+        console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()))
+        console.print(error_table(report, layers))
+    if html is not None:
+        console.save_html(str(html))
+
+
+def error_table(report: dict[str, Any], each: bool) -> Table:
+    """Errors against round-to-nearest, by layer or by kind of layer."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for block in report["blocks"]:
+        for layer in block["layers"]:
+            name = layer["name"]
+            key = name if each else ".".join("*" if part.isdigit() else part for part in name.split("."))
+            rows.setdefault(key, []).append(layer)
+    table = Table("layer", "count", "bits/weight", "error", "worst", "round-to-nearest", "tokens", box=None)
+    for key, members in rows.items():
+        errors = [m["error"] for m in members]
+        table.add_row(
+            key,
+            str(len(members)),
+            f"{members[0]['bits_per_weight']:.3f}",
+            f"{sum(errors) / len(errors):.4f}",
+            f"{max(errors):.4f}",
+            f"{sum(m['rtn_error'] for m in members) / len(members):.4f}",
+            str(min(m["tokens"] for m in members)),
+        )
+    return table
