@@ -119,7 +119,7 @@ def features(processor: Any, given: list[Clip]) -> list[Features]:
     return made
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: an embedding trained on these ids has to save them
 def targets(model: Any, processor: Any, given: list[Clip]) -> list[Tensor]:
     """Decoder input ids int64 [1, tokens] of each clip, for teacher forcing: prefix, then text, without end of text.
 
