@@ -133,7 +133,8 @@ def launch(
 @torch.library.custom_op("lowbit::gpu_a8w4", mutates_args=(), device_types="cuda")
 def gpu_a8w4(x: Tensor, weight: Tensor, words: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype; the other tensors as `prepare` made them, bias [N] of any float dtype."""
-    return launch(x, weight, words, row_scale, bias, group, device_facts(x.get_device()))
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        return launch(x, weight, words, row_scale, bias, group, device_facts(x.get_device()))
 
 
 @gpu_a8w4.register_fake

@@ -65,6 +65,7 @@ def compile_program(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set; unset it to compile")
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -77,7 +78,9 @@ def compile_program(
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    built = triton.compile(source, target=target, options=options)
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True  # a third of the size, same code
+        built = triton.compile(source, target=target, options=options)
     return Binary(
         name=built.metadata.name,
         code=built.asm["cubin" if isinstance(arch, int) else "hsaco"],

@@ -57,14 +57,12 @@ def disassemble(cubin: bytes) -> tuple[list[Instruction], int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = [
-            subprocess.run([knobs.nvidia.cuobjdump.path, option, file.name], capture_output=True, text=True)
-            for option in ("-sass", "-res-usage")
-        ]
-    found = re.search(r"REG:(\d+)", text[1].stdout)
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"REG:(\d+)", done.stdout)
     if found is None:
-        raise RuntimeError(f"cuobjdump: {text[1].stderr.strip() or 'no resource usage in the cubin'}")
-    lines = (LINE.match(line) for line in text[0].stdout.splitlines())
+        raise RuntimeError(f"cuobjdump: {done.stderr.strip() or 'no resource usage in the cubin'}")
+    lines = map(LINE.match, done.stdout.splitlines())
     code = [Instruction(int(m[1], 16), m[2], m[3], m[4].strip()) for m in lines if m]
     return code, int(found[1])
 

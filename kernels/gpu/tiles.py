@@ -54,7 +54,7 @@ def table_arch(capability: int) -> int:
     return max(arch for arch in ARCHITECTURES if arch <= capability)
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def choose_tile(arch: int, half: int, m: int, n: int, processors: int) -> Tile:
     """The widest tile of the bucket of M whose grid gives every processor work; the narrowest when none does."""
     bucket = [tile for tile in tiles(arch, half) if tile.max_m is None or m <= tile.max_m]

@@ -19,10 +19,13 @@ from quant.kernels.gpu.tiles import TABLE, read_table, tiles
 
 BUDGET = json.loads(Path(TABLE).with_name("a8w4_budget.json").read_text())
 REGISTERS = 255  # per thread; a kernel that needs more spills
+# A tile whose two halves share a group runs a subset of the instructions of its pair; only the decode tile, which has a bar
+# of its own, is built both ways here. `python -m quant.kernels.gpu.aot --report` builds all.
 PROGRAMS = [
     pytest.param(arch, half, pair, tile, id=f"sm_{arch}-{half}-{'pair' if pair else 'same'}-{tile.bm}x{tile.bn}")
     for arch, half, pair in aot.programs()
     for tile in {(t.bm, t.bn): t for t in tiles(arch, half)}.values()
+    if pair or (tile.bm, tile.bn) == (16, 128)
 ]
 
 
@@ -52,8 +55,7 @@ def k_of_packed_registers(ttgir: str, swap: bool) -> bool:
     steps = [line for line in ttgir.splitlines() if "tt.elementwise_inline_asm" in line]
     assert len(steps) >= 1
     for step in steps:
-        shape, layout = re.findall(r"tensor<(\d+x\d+)xi8, (#ttg\.dot_op<\{.*?\}>|#\w+)>", step)[-1]
-        assert shape.count("x") == 1
+        layout = re.findall(r"tensor<\d+x\d+xi8, (#ttg\.dot_op<\{.*?\}>|#\w+)>", step)[-1]
         if fragment := re.search(r"opIdx = (\d).*kWidth = (\d+)", layout):
             good = int(fragment[1]) == 1 - k and int(fragment[2]) % 4 == 0
         else:

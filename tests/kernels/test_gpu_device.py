@@ -5,7 +5,7 @@ import torch
 
 from quant.kernels.activation import quantize_token
 from quant.kernels.dispatch import MatmulSpec
-from quant.kernels.gpu.a8w4 import GpuA8W4
+from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU kernels were not run here")
 
@@ -48,3 +48,10 @@ def test_the_operator_can_be_captured(dual_layer):
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
+
+
+def test_the_operator_passes_the_checks_of_torch(dual_layer):
+    fmt, codes = dual_layer(96, 192, 64)
+    spec = MatmulSpec(n=96, k=192, format=fmt, activation="int8_token", device="cuda")
+    prepared = tuple(t.cuda() for t in GpuA8W4().prepare(fmt.pack(codes), spec))
+    torch.library.opcheck(gpu_a8w4, (torch.randn(3, 192, device="cuda"), *prepared, None, 64))
