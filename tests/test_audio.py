@@ -169,7 +169,7 @@ def test_targets_without_text_are_what_the_model_says(
     rules = model.generation_config
     rules.is_multilingual = multilingual
     if not multilingual:
-        del rules.language, rules.task
+        del rules.language, rules.task, rules.lang_to_id, rules.task_to_id
     # text tokens only, so that every step is the argmax over bytes and can be repeated below
     rules.suppress_tokens = [START, ENGLISH, GERMAN, TRANSCRIBE, TRANSLATE, NO_TIMES]
     given = clips(tmp_path)
