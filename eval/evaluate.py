@@ -32,17 +32,13 @@ def text_part(
 
 
 def speech_part(
-    folder: Path, model: Any, reference: Any, source: str | None, limit: int | None, language: str, bar: perplexity.Progress
+    folder: Path, model: Any, reference: Any, source: str, limit: int | None, language: str, bar: perplexity.Progress
 ) -> tuple[str, speech.SpeechResult]:
     """Name of the clips and result of a speech recognizer."""
     from transformers import AutoProcessor
 
     from quant.audio import clips
 
-    if source is None:
-        raise ValueError(
-            "a speech model is evaluated on recordings: give --audio a folder of clips or a jsonl with file and text"
-        )
     processor = AutoProcessor.from_pretrained(folder)
     found = clips(source, limit, seconds=None)  # whole: a cut clip would lose its transcript
     return source, speech.evaluate(model, reference, processor, found, language=language, folder=folder, progress=bar)
@@ -67,6 +63,10 @@ def evaluate(
     wrong = {"text": ("--audio", audio), "speech": ("--text or --tasks", text or tasks)}[kind]
     if wrong[1]:
         raise ValueError(f"{wrong[0]} does not apply: {folder} holds a {kind} model")
+    if kind == "speech" and audio is None:
+        raise ValueError(
+            "a speech model is evaluated on recordings: give --audio a folder of clips or a jsonl with file and text"
+        )
     if against is not None and loading.kind(against) != kind:
         raise ValueError(f"{folder} holds a {kind} model, {against} a {loading.kind(against)} model: they cannot be compared")
     if limit is not None and limit < 1:
@@ -77,7 +77,7 @@ def evaluate(
     text_result = speech_result = None
     found: dict[str, dict[str, float | str]] = {}
     reference_found: dict[str, dict[str, float | str]] = {}
-    if kind == "speech":
+    if audio is not None:
         corpus, speech_result = speech_part(folder, model, reference, audio, limit, language, progress)
     else:
         corpus, text_result, tokenizer = text_part(folder, model, reference, text, length, limit, progress)
