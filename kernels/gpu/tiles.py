@@ -2,6 +2,10 @@
 
 `a8w4_configs.json`: architecture -> HALF -> tiles, ordered by `max_m` and then from wide to narrow. Each tile carries the
 counts of its compiled code (`counts`), which `python -m quant.kernels.gpu.aot --update` rewrites.
+
+How the rows were chosen, none of it timed on a GPU: no spills, shared memory within the architecture, weights loaded 16
+bytes at a time, then the fewest ALU instructions per weight; from 64 tokens on, weights as the left operand. The stages of
+the 16-token tiles are arithmetic from data sheets: enough bytes in flight per multiprocessor to cover DRAM latency.
 """
 
 from __future__ import annotations
