@@ -4,8 +4,8 @@
 counts of its compiled code (`counts`), which `python -m quant.kernels.gpu.aot --update` rewrites.
 
 How the rows were chosen, none of it timed on a GPU: no spills, shared memory within the architecture, weights loaded 16
-bytes at a time, then the fewest ALU instructions per weight; weights are the left operand in tiles of 32 tokens and more. The stages of
-the 16-token tiles are arithmetic from data sheets: enough bytes in flight per multiprocessor to cover DRAM latency.
+bytes at a time, then the fewest ALU instructions per weight, which makes the weights the left operand in tiles of 32 tokens
+and more. The stages of the 16-token tiles are arithmetic from data sheets: bytes in flight that cover DRAM latency.
 """
 
 from __future__ import annotations
