@@ -164,6 +164,7 @@ def capture(
             f"{missing[0]} received no calibration data; leave it in float with the rule {{match: {missing[0]}, skip: true}}"
         )
     for group in groups:
+        group.stats.finish()
         group.stats.require_finite(group.names)
     return groups
 

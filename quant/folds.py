@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ class BlockView:
     run: Callable[[], Tensor]
     stored_dtype: Callable[[str], torch.dtype]
     changed: set[str] = field(default_factory=set)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The block's output before any fold."""
+        return self.run()
 
     def module(self, name: str) -> nn.Module:
         """The block or a submodule of it, by full name."""
@@ -72,7 +78,7 @@ class BlockView:
         if shared is None:
             return f"{maker_name} makes {len(weight)} channels, {len(r)} are read"
         at_maker, r = shared
-        before = self.run()
+        assert self.reference.isfinite().all(), self.name  # also runs the block before the first fold touches it
         touched: dict[str, Any] = {f"{maker_name}.weight": weight, f"{maker_name}.bias": bias}
         touched |= {f"{name}.weight": self.linear(name).weight for name in group.names}
         saved: dict[str, tuple[Tensor, Tensor]] = {
@@ -85,8 +91,7 @@ class BlockView:
                     param.data = param.data.to(self.stored_dtype(name)).float()
             else:
                 param.data *= r
-        after = self.run()
-        moved = float((after - before).norm() / before.norm().clamp_min(1e-12))
+        moved = float((self.run() - self.reference).norm() / self.reference.norm().clamp_min(1e-12))
         if not moved < TOLERANCE:
             for param, old in saved.values():
                 param.data = old

@@ -7,20 +7,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+GRAM_BLOCK = 384
+
 
 @dataclass
 class InputStats:
     """Sums over calibration tokens, float32 on the device the block ran on.
 
-    gram: X^T X of the quantized chain, [K, K].
-    cross: X_float^T X of the float chain against the quantized chain, [K, K].
+    gram: X^T X of the quantized chain, [K, K]; filled by `finish`.
+    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K].
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
     tokens: tokens seen, padding excluded.
     """
 
     gram: Tensor
-    cross: Tensor
+    drift: Tensor
     sample_absmax: list[Tensor] = field(default_factory=list)
     token_absmax: list[Tensor] = field(default_factory=list)
     tokens: int = 0
@@ -40,8 +42,15 @@ class InputStats:
             self.sample_absmax.append(size.amax(0))
             self.token_absmax.append(size.amax(1))
             self.tokens += len(here)
-            self.gram.addmm_(here.T, here)
-            self.cross.addmm_(there.T, here)
+            for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
+                columns = slice(start, start + GRAM_BLOCK)
+                self.gram[columns, start:].addmm_(here[:, columns].T, here[:, start:])
+            # a small difference needs no float32: its own rounding is what a bfloat16 product loses
+            self.drift += (there - here).to(x.dtype).T @ here.to(x.dtype)
+
+    def finish(self) -> None:
+        """Complete the Gram matrix after the last `add`."""
+        self.gram = self.gram.triu() + self.gram.triu(1).T
 
     @property
     def absmax(self) -> Tensor:
@@ -59,7 +68,7 @@ class InputStats:
     def divide_channels(self, r: Tensor) -> None:
         """Follow a fold that divides channel j of X by r[j]."""
         self.gram /= r.unsqueeze(0) * r.unsqueeze(1)
-        self.cross /= r.unsqueeze(0) * r.unsqueeze(1)
+        self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
         self.sample_absmax = [a / r for a in self.sample_absmax]
 
     def require_finite(self, names: list[str]) -> None:
@@ -68,7 +77,7 @@ class InputStats:
             raise ValueError(
                 f"{names[0]} received no calibration data; leave it in float with a rule {{match: {names[0]}, skip: true}}"
             )
-        if not (self.gram.isfinite().all() and self.cross.isfinite().all()):
+        if not (self.gram.isfinite().all() and self.drift.isfinite().all()):
             raise ValueError(
                 f"the calibration inputs of {names[0]} hold a NaN or an infinity; check the model and the calibration data"
             )

@@ -1,6 +1,6 @@
 """Quantization error propagation: aim at the float chain's output although the inputs come from quantized blocks.
 
-    W' = W + strength * W (C - H) (H + damp * mean(diag H) * I)^-1,   H = X^T X,  C = X_float^T X
+    W' = W + strength * W D (H + damp * mean(diag H) * I)^-1,   H = X^T X,  D = (X_float - X)^T X
 
 W' minimizes ||W X_float - W' X||^2, so a layer repairs some of what earlier blocks lost (Arai and Ichikawa, 2025;
 GPTAQ, Li et al., 2025, uses the same term inside the rounding). strength 0 is plain layer-wise quantization.
@@ -23,8 +23,7 @@ class Pass(Corrector):
     damp: float = Field(0.1, gt=0)
 
     def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
-        h = stats.gram.double()
-        ridge = self.damp * h.diagonal().mean() * torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-        shift = torch.linalg.solve(h + ridge, (stats.cross.double() - h).T).T  # (C - H) (H + ridge)^-1
-        moved: Tensor = weight + self.strength * (weight @ shift.float())
-        return moved
+        ridge = self.damp * stats.gram.diagonal().mean()
+        factor = torch.linalg.cholesky(stats.gram + ridge * torch.eye(len(stats.gram), device=weight.device))
+        moved: Tensor = torch.cholesky_solve((weight @ stats.drift).T, factor).T  # W D (H + ridge)^-1
+        return weight + self.strength * moved
