@@ -16,9 +16,16 @@ from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.int4_dual import Int4Dual
 
+torch.library.define(
+    "lowbit::cpu_a8w4", "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor? bias, int group) -> Tensor"
+)
 
-def _call(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+
+@torch.library.impl("lowbit::cpu_a8w4", "cpu")
+def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/8, 32, 4], scales uint8 [N/32, K/G, 2, 32], row_scale [N]."""
     (m, k), n = x.shape, row_scale.shape[0]
+    x = x.contiguous()
     library.check_input(x, codes.shape[1] * 8, bias, n)
     y = torch.empty((m, n), dtype=x.dtype)
     pointer, kind = (None, 0) if bias is None else (bias.data_ptr(), library.dtype_code(bias))
@@ -29,15 +36,11 @@ def _call(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Ten
     return y
 
 
-@torch.library.custom_op("lowbit::cpu_a8w4", mutates_args=(), device_types="cpu")
-def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/8, 32, 4], scales uint8 [N/32, K/G, 2, 32], row_scale [N]."""
-    return _call(x.contiguous(), codes, scales, row_scale, bias, group)
-
-
-@cpu_a8w4.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+def _fake(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     return x.new_empty((x.shape[0], row_scale.shape[0]))
+
+
+torch.library.register_fake("lowbit::cpu_a8w4", _fake)
 
 
 @register
@@ -74,5 +77,4 @@ class A8W4(Kernel):
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         assert isinstance(spec.format, Int4Dual)
         codes, scales, row_scale = prepared
-        call = _call if library.is_plain(x) else cpu_a8w4
-        return call(x, codes, scales, row_scale, bias, spec.format.group)
+        return library.call(torch.ops.lowbit.cpu_a8w4.default, x, codes, scales, row_scale, bias, spec.format.group)

@@ -18,10 +18,17 @@ from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.int_group import IntGroup
 
+torch.library.define(
+    "lowbit::cpu_w4a16", "(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int n, int k, int group) -> Tensor"
+)
 
-def _call(
+
+@torch.library.impl("lowbit::cpu_w4a16", "cpu")
+def cpu_w4a16(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, k: int, group: int
 ) -> Tensor:
+    """x [M, k] -> [M, n] in x's dtype. codes uint8 [N/32, K/8, 32, 4]; scale float16 or float32, zero uint8 [N/32, K/G, 32]."""
+    x = x.contiguous()
     library.check_input(x, k, bias, n)
     m = x.shape[0]
     y = torch.empty((m, n), dtype=x.dtype)
@@ -34,17 +41,13 @@ def _call(
     return y
 
 
-@torch.library.custom_op("lowbit::cpu_w4a16", mutates_args=(), device_types="cpu")
-def cpu_w4a16(
+def _fake(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, k: int, group: int
 ) -> Tensor:
-    """x [M, k] -> [M, n] in x's dtype. codes uint8 [N/32, K/8, 32, 4]; scale float16 or float32, zero uint8 [N/32, K/G, 32]."""
-    return _call(x.contiguous(), codes, scale, zero, bias, n, k, group)
-
-
-@cpu_w4a16.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, k: int, group: int) -> Tensor:
     return x.new_empty((x.shape[0], n))
+
+
+torch.library.register_fake("lowbit::cpu_w4a16", _fake)
 
 
 @register
@@ -78,5 +81,6 @@ class W4A16(Kernel):
         assert isinstance(spec.format, IntGroup)
         codes, scale, *zero = prepared
         group = spec.k if spec.format.group == -1 else spec.format.group
-        call = _call if library.is_plain(x) else cpu_w4a16
-        return call(x, codes, scale, zero[0] if zero else None, bias, spec.n, spec.k, group)
+        return library.call(
+            torch.ops.lowbit.cpu_w4a16.default, x, codes, scale, zero[0] if zero else None, bias, spec.n, spec.k, group
+        )

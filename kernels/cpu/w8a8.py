@@ -16,9 +16,14 @@ from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.int_group import IntGroup
 
+torch.library.define("lowbit::cpu_w8a8", "(Tensor x, Tensor codes, Tensor row_scale, Tensor? bias, int k) -> Tensor")
 
-def _call(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
+
+@torch.library.impl("lowbit::cpu_w8a8", "cpu")
+def cpu_w8a8(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/4, 32, 4] holding w8 + 128, row_scale float32 [N]."""
     m, n = x.shape[0], row_scale.shape[0]
+    x = x.contiguous()
     library.check_input(x, k, bias, n)
     y = torch.empty((m, n), dtype=x.dtype)
     pointer, kind = (None, 0) if bias is None else (bias.data_ptr(), library.dtype_code(bias))
@@ -29,15 +34,11 @@ def _call(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: i
     return y
 
 
-@torch.library.custom_op("lowbit::cpu_w8a8", mutates_args=(), device_types="cpu")
-def cpu_w8a8(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/4, 32, 4] holding w8 + 128, row_scale float32 [N]."""
-    return _call(x.contiguous(), codes, row_scale, bias, k)
-
-
-@cpu_w8a8.register_fake
-def _(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
+def _fake(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
     return x.new_empty((x.shape[0], row_scale.shape[0]))
+
+
+torch.library.register_fake("lowbit::cpu_w8a8", _fake)
 
 
 @register
@@ -67,5 +68,4 @@ class W8A8(Kernel):
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         codes, row_scale = prepared
-        call = _call if library.is_plain(x) else cpu_w8a8
-        return call(x, codes, row_scale, bias, spec.k)
+        return library.call(torch.ops.lowbit.cpu_w8a8.default, x, codes, row_scale, bias, spec.k)

@@ -156,21 +156,21 @@ def test_compile_sees_one_operator() -> None:
         function = torch.compile(kernel.matmul, fullgraph=True, backend=backend)
         assert torch.equal(function(x, prepared, None, spec), kernel.matmul(x, prepared, None, spec))
         calls = [str(node.target) for node in graphs[0].nodes if node.op == "call_function"]
-        assert calls == [f"lowbit.{kernel.name}.default"] or calls == [f"lowbit.{kernel.name}"], calls
+        assert calls == [f"lowbit.{kernel.name}.default"], calls
 
 
 @needs_library
 def test_backward_is_refused_not_silently_zero() -> None:
     kernel, prepared, spec = problems()[0]
     y = kernel.matmul(torch.randn(2, K, requires_grad=True), prepared, None, spec)
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="no backward pass"):
         y.sum().backward()
 
 
 @needs_library
 def test_wrong_input_is_refused_before_memory_is_read() -> None:
     for kernel, prepared, spec in problems():
-        with pytest.raises(ValueError, match=f"contiguous \\[M, {K}\\]"):
+        with pytest.raises(ValueError, match=f"needs \\[M, {K}\\]"):
             kernel.matmul(torch.randn(2, K - 8), prepared, None, spec)
         with pytest.raises(ValueError, match=f"contiguous \\[{N}\\]"):
             kernel.matmul(torch.randn(2, K), prepared, torch.randn(N - 1), spec)

@@ -86,11 +86,13 @@ struct W4A16 {
         const uint8_t* w = p.codes + block * padded(p) * (kRows / 2);
         const uint16_t* x = (const uint16_t*)panel.data;
         const __m512i table = _mm512_load_si512(kTable);
-        __m512 acc[MT][2];
-        for (int t = 0; t < MT; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
         for (int64_t g = 0; g < groups; g++) {
-            __m512 part[MT][2];
-            for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm512_setzero_ps();
+            // Chains: one sum per row would wait for the latency of every multiplication when tokens are few.
+            constexpr int kChains = MT == 1 ? 4 : MT == 2 ? 2 : 1;
+            __m512 chain[MT][2][kChains], part[MT][2];
+            for (int t = 0; t < MT; t++)
+                for (int h = 0; h < 2; h++)
+                    for (int c = 0; c < kChains; c++) chain[t][h][c] = _mm512_setzero_ps();
             for (int64_t i = 0; i < length / 8; i++, w += 128, x += 8 * T * MT) {
                 _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
                 _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
@@ -107,34 +109,38 @@ struct W4A16 {
 #pragma GCC unroll 3
                         for (int s = 0; s < T; s++)
 #pragma GCC unroll 4
-                            for (int t = 0; t < MT; t++)
-                                part[t][h] = fma_bf16(part[t][h], pair[j], broadcast2(x + 2 * ((j * T + s) * MT + t)));
+                            for (int t = 0; t < MT; t++) {
+                                __m512& sum = chain[t][h][(j + s) % kChains];
+                                sum = fma_bf16(sum, pair[j], broadcast2(x + 2 * ((j * T + s) * MT + t)));
+                            }
                 }
             }
-            apply<MT>(p, (block * groups + g) * kRows, panel, g, true, part, acc);
+            for (int t = 0; t < MT; t++)
+                for (int h = 0; h < 2; h++) {
+                    part[t][h] = chain[t][h][0];
+                    for (int c = 1; c < kChains; c++) part[t][h] = _mm512_add_ps(part[t][h], chain[t][h][c]);
+                }
+            apply<MT>(p, (block * groups + g) * kRows, panel, g, true, part, out, g > 0);
         }
-        for (int t = 0; t < MT; t++)
-            for (int h = 0; h < 2; h++) _mm512_store_ps(out + t * kRows + 16 * h, acc[t][h]);
     }
 
-    // acc += scale * (part - (zero - 8) * sum of the token over the group); the zero point only at the group's end.
+    // out [MT, 32] (+)= scale * (part - (zero - 8) * sum of the token over the group); the zero point at the group's end.
     template <int MT>
     static inline void apply(const Problem& p, int64_t index, const Panel<float>& panel, int64_t g, bool ends,
-                             const __m512 (&part)[MT][2], __m512 (&acc)[MT][2]) {
+                             const __m512 (&part)[MT][2], float* out, bool add) {
         const int64_t groups = p.k / p.group;
+        const bool shifted = p.zero && ends;
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             const __m512 scale = load_scale(p, index + 16 * h);
-            if (p.zero && ends) {
-                const __m512 zero = load_zero(p, index + 16 * h);
+            const __m512 zero = shifted ? load_zero(p, index + 16 * h) : _mm512_setzero_ps();
 #pragma GCC unroll 16
-                for (int t = 0; t < MT; t++) {
-                    const __m512 sum = _mm512_set1_ps(panel.sums[t * groups + g]);
-                    acc[t][h] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, sum, part[t][h]), acc[t][h]);
-                }
-            } else {
-#pragma GCC unroll 16
-                for (int t = 0; t < MT; t++) acc[t][h] = _mm512_fmadd_ps(scale, part[t][h], acc[t][h]);
+            for (int t = 0; t < MT; t++) {
+                float* to = out + t * kRows + 16 * h;
+                const __m512 before = add ? _mm512_load_ps(to) : _mm512_setzero_ps();
+                __m512 sum = part[t][h];
+                if (shifted) sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(panel.sums[t * groups + g]), sum);
+                _mm512_store_ps(to, _mm512_fmadd_ps(scale, sum, before));
             }
         }
     }
@@ -157,20 +163,11 @@ struct W4A16 {
         for (int64_t k = k0; k < k1;) {
             const int64_t g = min64(k / p.group, groups - 1);
             const int64_t group_end = g == groups - 1 ? padded(p) : (g + 1) * p.group, end = min64(k1, group_end);
-            __m512 part[MT][2], acc[MT][2];
+            __m512 part[MT][2];
 #pragma GCC unroll 16
             for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm512_setzero_ps();
             dot<MT, T>(w, x, (end - k) / 2, part);
-#pragma GCC unroll 16
-            for (int t = 0; t < MT; t++)
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; h++)
-                    acc[t][h] = k ? _mm512_load_ps(out + t * kRows + 16 * h) : _mm512_setzero_ps();
-            apply<MT>(p, (block * groups + g) * kRows, panel, g, end == group_end, part, acc);
-#pragma GCC unroll 16
-            for (int t = 0; t < MT; t++)
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) _mm512_store_ps(out + t * kRows + 16 * h, acc[t][h]);
+            apply<MT>(p, (block * groups + g) * kRows, panel, g, end == group_end, part, out, k > 0);
             w += (end - k) * kRows;
             x += (end - k) * T * MT;
             k = end;
