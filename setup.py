@@ -98,6 +98,7 @@ setup(
         "psutil>=6,<8",  # memory in reports
         "jiwer>=4,<5",  # word error rate
         "soundfile>=0.13,<1",  # audio files
+        "soxr>=0.5,<2",  # audio of other sample rates
     ],
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "build>=1.2", "setuptools>=77"]

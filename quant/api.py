@@ -27,7 +27,7 @@ from quant.resources import peak_memory_bytes
 from quant.samples import make_samples
 from quant.workspace import Workspace
 
-NOT_COPIED = {"config.json", INDEX, "README.md", "report.json", "recipe.yaml"}
+NOT_COPIED = {"config.json", "demo.json", INDEX, "README.md", "report.json", "recipe.yaml"}
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 

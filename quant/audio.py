@@ -73,7 +73,7 @@ def clips(source: str | Path | None, limit: int | None = None, seconds: float | 
     files = list(texts)
     if limit is not None and limit < len(files):
         files = [files[i * len(files) // limit] for i in range(limit)]
-    return [_clip(file, texts[file], seconds) for file in files]
+    return [read_clip(file, texts[file], seconds) for file in files]
 
 
 def _manifest(path: Path) -> dict[Path, str | None]:
@@ -87,7 +87,8 @@ def _manifest(path: Path) -> dict[Path, str | None]:
     return texts
 
 
-def _clip(path: Path, text: str | None, seconds: float | None) -> Clip:
+def read_clip(path: Path, text: str | None = None, seconds: float | None = 30.0) -> Clip:
+    """One file as a Clip; raises ValueError naming it when it is unreadable or empty."""
     beside = path.with_suffix(".txt")
     if text is None and beside.is_file():
         text = read_text(beside)

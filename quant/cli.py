@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import click
 VERBS = {
     "eval": "quant.eval.evaluate:command",
     "bench": "quant.eval.speed:command",
+    "run": "quant.eval.run:command",
     "inspect": "quant.show:command",
 }
 
@@ -32,9 +32,6 @@ class Verbs(click.Group):
         found: click.Command = getattr(importlib.import_module(module), name)
         return found
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        return super().resolve_command(ctx, args)
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or args[0] in ("--help", "-h"):
             args = ["MODEL", "--help"]
@@ -43,7 +40,7 @@ class Verbs(click.Group):
         return super().parse_args(ctx, args)
 
 
-EPILOG = "Verbs: quantize eval OUT, quantize bench OUT, quantize inspect OUT; each has its own --help."
+EPILOG = "Verbs: " + ", ".join(f"quantize {verb} OUT" for verb in VERBS) + "; each has its own --help."
 
 
 @click.command("quantize", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,8 +124,6 @@ main_group = Verbs(name="quantize", add_help_option=False)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command; 0 done, 2 the user can fix it (one line on stderr), 130 interrupted; a bug is a traceback and 1."""
-    # Idle OpenMP threads must sleep, not spin: on a shared machine spinning costs several times the work itself.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         main_group.main(args=None if args is None else list(args), prog_name="quantize", standalone_mode=False)
     except click.ClickException as error:

@@ -1,0 +1,38 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both set up .venv first; they need python3 >= 3.11.
+# A C++ compiler makes the CPU kernels; without one the reference kernel serves.
+# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu avoids the large CUDA build of torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+OUT := out/smollm2-135m-dgq
+PROMPT ?= What is the capital of France, and what is it famous for?
+
+.PHONY: setup demo lint test clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=24" "setuptools>=77"
+	$(VENV)/bin/pip install --quiet "$(TORCH)"
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup
+	rm -rf $(OUT)
+	$(VENV)/bin/quantize --recipe dgq demo:smollm2-135m -o $(OUT)
+	$(VENV)/bin/quantize eval $(OUT) --length 512 --limit 12 --dtype bfloat16
+	$(VENV)/bin/quantize bench $(OUT) --repeats 4
+	$(VENV)/bin/quantize run $(OUT) "$(PROMPT)"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p quant
+
+# Two workers with one thread each: two OpenMP pools that spin on the same cores are slower than one.
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
