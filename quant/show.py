@@ -26,16 +26,16 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
 
     recipe = plan.recipe
     console.print(f"{plan.given} -> {output}, recipe {recipe.name}: {recipe.description}")
-    table = Table("layers", "count", "[N, K]", "format", "activation", "bits/weight", "note", box=None)
     rows: dict[tuple[str, ...], int] = {}
     for t in plan.targets.values():
-        pattern = ".".join("*" if part.isdigit() else part for part in t.name.split("."))
         fmt = " ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in t.format.config().items())
-        key = (pattern, f"[{t.n}, {t.k}]", fmt, t.activation, f"{t.format.bits_per_weight(t.n, t.k):.3f}", t.note)
+        bits = f"{t.format.bits_per_weight(t.n, t.k):.3f} bits"
+        key = (pattern_of(t.name), f"[{t.n}, {t.k}]", fmt, t.activation, bits, t.note)
         rows[key] = rows.get(key, 0) + 1
-    for (pattern, shape, *rest), count in rows.items():
-        table.add_row(pattern, str(count), shape.replace("[", r"\["), *rest)
-    console.print(table)
+    widths = [max(len(key[column]) for key in rows) for column in range(6)]
+    for key, count in rows.items():
+        cells = (text.ljust(width) for text, width in zip(key, widths, strict=True))
+        console.print(f"  {count:3} x " + "  ".join(cells).rstrip(), markup=False)
     for name, reason in plan.selection.kept.items():
         console.print(f"kept in float: {name}: {reason}")
     for kernel, (count, refusals) in plan.kernels(torch_device(device)).items():
@@ -45,6 +45,11 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
     console.print(f"packed linears: {plan.packed_weights():,} weights at {bits:.3f} bits, {megabytes(plan.packed_bytes())}")
     console.print(f"weight files on disk: {megabytes(plan.bytes_on_disk())}, exact")
     console.print(f"peak memory of the run: about {peak_memory_bytes(plan) / 1e6:,.0f} MB")
+
+
+def pattern_of(name: str) -> str:
+    """A layer's name with `*` for the numbers of its blocks."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def torch_device(device: str) -> str:
@@ -101,7 +106,7 @@ def error_table(report: dict[str, Any], each: bool) -> Table:
     for block in report["blocks"]:
         for layer in block["layers"]:
             name = layer["name"]
-            key = name if each else ".".join("*" if part.isdigit() else part for part in name.split("."))
+            key = name if each else pattern_of(name)
             rows.setdefault(key, []).append(layer)
     table = Table("layer", "count", "bits/weight", "error", "worst", "round-to-nearest", "tokens", box=None)
     for key, members in rows.items():
