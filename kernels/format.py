@@ -130,9 +130,12 @@ def from_config(config: Mapping[str, Any]) -> Format:
     if name not in known:
         raise ValueError(f"unknown format {name!r}; known: {', '.join(sorted(known))}")
     allowed = known[name].__dataclass_fields__
-    for key in values:
+    for key, value in values.items():
         if key not in allowed:
             raise ValueError(f"format {name} has no parameter {key!r}; it has: {', '.join(allowed)}")
+        kind = type(allowed[key].default)
+        if type(value) is not kind:
+            raise ValueError(f"format {name}: {key} is {value!r}; it must be of type {kind.__name__}")
     return known[name](**values)
 
 

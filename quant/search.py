@@ -50,9 +50,9 @@ def search_grid(
 ) -> tuple[Tensor, Tensor]:
     """Step and zero point per group that minimize the block loss over `ratios` of the group's range.
 
-    weight float32 [N, K], blocks [K // G, G, G], levels = 2^bits. Returns step, zero, float32 [N, K // G]. The range
-    is widened to hold 0, so that zero lies inside 0 .. levels - 1. Ratio 1 is in the grid, hence the loss never
-    exceeds plain round-to-nearest. (DGQ, official code, phase 1, with the two changes above.)
+    weight float32 [N, K], blocks [K // G, G, G], levels = 2^bits. Returns step, zero, float32 [N, K // G]; step is 0
+    where a group is all zero. The range is widened to hold 0, so that zero lies inside 0 .. levels - 1. Ratio 1 is in
+    the grid, hence the loss never exceeds plain round-to-nearest. (DGQ, official code, phase 1, with these changes.)
     """
     n = weight.shape[0]
     w = weight.view(n, blocks.shape[0], -1)
@@ -62,7 +62,8 @@ def search_grid(
     else:
         low = w.amin(-1).clamp_max(0)
         span = (w.amax(-1).clamp_min(0) - low) / (levels - 1)
-    span = torch.where(span > 0, span, 1.0)
+    empty = span == 0
+    span = torch.where(empty, 1.0, span)
     best = torch.full_like(span, torch.inf)
     step, zero = span.clone(), torch.zeros_like(span)
     for ratio in ratios:
@@ -73,7 +74,7 @@ def search_grid(
         best = torch.where(better, loss, best)
         step = torch.where(better, s, step)
         zero = torch.where(better, z, zero)
-    return step, zero
+    return step.masked_fill(empty, 0), zero
 
 
 def on_grid(w: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:

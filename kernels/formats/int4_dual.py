@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.format import Codes, Field, Fields, Format, register
-from quant.kernels.formats.int_group import IntGroup, pack_bits, unpack_bits
+from quant.kernels.formats.int_group import pack_bits, unpack_bits
 
 
 def largest_step(zero: Tensor) -> Tensor:
@@ -31,10 +31,12 @@ def factor_steps(step: Tensor, zero: Tensor, ratio: float = 1.0) -> tuple[Tensor
     """Float steps [N, K // G] -> row_scale [N] and integer steps s2 [N, K // G] with step ~ row_scale * s2.
 
     With `ratio` 1 the row scale is the smallest that fits every group under `largest_step`; below 1 it is finer, and
-    the widest groups are held at the largest step that cannot overflow.
+    the widest groups are held at the largest step that cannot overflow. A group that is all zero has step 0: it must
+    not widen the row scale of the others. A row of such groups gets row scale 1.
     """
     most = largest_step(zero)
     row_scale = ratio * (step / most).amax(-1)
+    row_scale = torch.where(row_scale > 0, row_scale, 1.0)
     return row_scale, torch.minimum(torch.round(step / row_scale.unsqueeze(-1)).clamp_min_(1), most)
 
 
@@ -80,7 +82,10 @@ class Int4Dual(Format):
         return self.integers(codes).float() * codes.params["row_scale"].unsqueeze(-1)
 
     def nearest(self, weight: Tensor) -> Codes:
-        step, zero = IntGroup(bits=4, group=self.group).range_grid(weight)
+        grouped = weight.view(weight.shape[0], -1, self.group)
+        low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+        step = (high - low) / 15
+        zero = torch.round(-low / torch.where(step > 0, step, 1.0)).clamp_(0, 15)
         row_scale, s2 = factor_steps(step, zero)
         return self.encode(weight, row_scale, s2, zero)
 

@@ -26,7 +26,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     planes = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1  # [N, K, bits]
-    octets = planes.view(n, k * bits // 8, 8)
+    octets = planes.reshape(n, k * bits // 8, 8)
     weights = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
     return (octets * weights).sum(-1, dtype=torch.uint8)
 

@@ -1,0 +1,149 @@
+"""Every registered format: exact round trip, fields as announced, config that rebuilds it, checks that name the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.kernels.format import FORMATS, Format, fit_group, from_config, load_all
+
+load_all()
+VARIANTS: dict[str, list[dict[str, object]]] = {  # a format without an entry is tested with its defaults
+    "int_group": [
+        {"bits": b, "group": g, "symmetric": s} for b in (2, 3, 4, 8) for g in (16, 48, 64, 96, -1) for s in (True, False)
+    ],
+    "int4_dual": [{"group": g} for g in (2, 16, 48, 64, 96, 192)],
+}
+EVERY = [from_config({"name": name, **options}) for name in sorted(FORMATS) for options in VARIANTS.get(name, [{}])]
+every = pytest.mark.parametrize("fmt", EVERY, ids=lambda fmt: "-".join(map(str, fmt.config().values())))
+N, K = 5, 192
+
+
+def weights() -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+def refusal(fmt: Format, fields: dict[str, torch.Tensor]) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        fmt.check(fields, N, K)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_format_has_its_own_test_file() -> None:
+    """Where its golden bytes are, so that a file format cannot drift."""
+    for name in FORMATS:
+        assert (Path(__file__).parent / f"test_{name}.py").is_file(), name
+
+
+@every
+def test_round_trip_is_exact_and_fields_are_as_announced(fmt: Format) -> None:
+    codes = fmt.nearest(weights())
+    assert codes.codes.dtype == torch.uint8
+    assert codes.codes.shape == (N, K)
+    packed = fmt.pack(codes)
+    announced = fmt.fields(N, K)
+    assert list(packed) == list(announced)
+    assert "weight_packed" in announced
+    for name, (shape, dtype) in announced.items():
+        assert (tuple(packed[name].shape), packed[name].dtype) == (shape, dtype), name
+        assert packed[name].is_contiguous(), name
+    fmt.check(packed, N, K)
+    again = fmt.unpack(packed, N, K)
+    assert torch.equal(again.codes, codes.codes)
+    assert again.params.keys() == codes.params.keys()
+    for name, value in codes.params.items():
+        assert torch.equal(again.params[name], value), name
+    assert sum(t.numel() * t.itemsize for t in packed.values()) == fmt.stored_bytes(N, K)
+    assert fmt.bits_per_weight(N, K) == 8 * fmt.stored_bytes(N, K) / (N * K)
+
+
+@every
+def test_memory_layout_of_the_codes_does_not_matter(fmt: Format) -> None:
+    codes = fmt.nearest(weights())
+    strided = type(codes)(codes.codes.T.contiguous().T, codes.params)
+    assert torch.equal(fmt.pack(strided)["weight_packed"], fmt.pack(codes)["weight_packed"])
+
+
+@every
+def test_config_rebuilds_the_format(fmt: Format) -> None:
+    assert from_config(fmt.config()) == fmt
+    with pytest.raises(ValueError, match="has no parameter 'bitz'"):
+        from_config({**fmt.config(), "bitz": 4})
+    with pytest.raises(ValueError, match="group"):
+        from_config({**fmt.config(), "group": "wide"})
+
+
+def test_unknown_format_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'int5'.*int4_dual, int_group"):
+        from_config({"name": "int5"})
+
+
+@every
+def test_check_names_the_field_that_is_wrong(fmt: Format) -> None:
+    good = fmt.pack(fmt.nearest(weights()))
+    for name, value in good.items():
+        assert refusal(fmt, {k: v for k, v in good.items() if k != name}).startswith(f"{name} is missing")
+        assert refusal(fmt, good | {name: value[:-1]}).startswith(f"{name} is ")
+        assert str(torch.int32) in refusal(fmt, good | {name: value.to(torch.int32)})
+        if value.is_floating_point():
+            for poison in (float("nan"), float("inf")):
+                damaged = value.clone()
+                damaged.view(-1)[-1] = poison
+                assert refusal(fmt, good | {name: damaged}).startswith(f"{name} holds a NaN or an infinity")
+
+
+@every
+def test_zeros_stay_zeros_and_nothing_turns_into_nan(fmt: Format) -> None:
+    """All-zero groups and rows, constant rows of either sign, denormals beside ordinary rows."""
+    w = weights()
+    w[0] = 0
+    w[1, : K // 2] = 0
+    w[2] = 0.7
+    w[3] = -0.7
+    w[4] = 1e-42
+    codes = fmt.nearest(w)
+    fmt.check(fmt.pack(codes), N, K)
+    back = fmt.dequantize(codes)
+    assert back.isfinite().all()
+    assert (back[0] == 0).all()
+    assert (back[1, : K // 2] == 0).all()
+    assert (back[2:4] - w[2:4]).abs().max() < 0.7 * 0.01  # 15 and 0 are on every grid that was scaled to a constant
+    assert back[4].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fmt", [f for f in EVERY if 0 < f.config()["group"] < K], ids=str)
+def test_a_zero_group_costs_its_neighbours_nothing(fmt: Format) -> None:
+    group = fmt.config()["group"]
+    w = weights()
+    w[:, :group] = 0
+    rest = w[:, group:]
+    lost = (fmt.dequantize(fmt.nearest(w))[:, group:] - rest).norm() / rest.norm()
+    alone = (fmt.dequantize(fmt.nearest(rest)) - rest).norm() / rest.norm()
+    assert lost <= alone * 1.001
+
+
+@pytest.mark.parametrize(
+    ("asked", "k", "used"),
+    [
+        (128, 576, 96),
+        (64, 576, 64),
+        (128, 128, 128),
+        (256, 96, 96),
+        (-1, 577, -1),
+        (64, 577, None),
+        (16, 40, None),
+        (8, 64, None),
+    ],
+)
+def test_fit_group(asked: int, k: int, used: int | None) -> None:
+    assert fit_group(asked, k) == used
+
+
+@every
+def test_a_k_that_no_group_divides_is_refused(fmt: Format) -> None:
+    assert fmt.refuses(N, K) is None
+    if fmt.config()["group"] > 1:
+        assert f"{K + 1}" in str(fmt.refuses(N, K + 1))
