@@ -85,8 +85,8 @@ struct A8W4 : IntegerPanels {
             __m512i part[MT][2];
             for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm512_setzero_si512();
             for (int64_t i = 0; i < p.group / 8; i++, w += 128, x += 8 * MT) {
-                _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-                _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + kAhead, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + kAhead + 64, _MM_HINT_T0);
 #pragma GCC unroll 2
                 for (int h = 0; h < 2; h++) {
                     const __m512i packed = _mm512_loadu_si512(w + 64 * h);
@@ -165,7 +165,7 @@ struct W8A8 : IntegerPanels {
             for (int h = 0; h < 2; h++) acc[t][h][0] = acc[t][h][1] = _mm512_setzero_si512();
         for (int64_t i = 0; i < kp / 8; i++, w += 256, x += 8 * MT) {
 #pragma GCC unroll 4
-            for (int line = 0; line < 4; line++) _mm_prefetch((const char*)w + 2048 + 64 * line, _MM_HINT_T0);
+            for (int line = 0; line < 4; line++) _mm_prefetch((const char*)w + kAhead + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 2
             for (int s = 0; s < 2; s++)
 #pragma GCC unroll 2

@@ -94,8 +94,8 @@ struct W4A16 {
                 for (int h = 0; h < 2; h++)
                     for (int c = 0; c < kChains; c++) chain[t][h][c] = _mm512_setzero_ps();
             for (int64_t i = 0; i < length / 8; i++, w += 128, x += 8 * T * MT) {
-                _mm_prefetch((const char*)w + 2048, _MM_HINT_T0);
-                _mm_prefetch((const char*)w + 2112, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + kAhead, _MM_HINT_T0);
+                _mm_prefetch((const char*)w + kAhead + 64, _MM_HINT_T0);
 #pragma GCC unroll 2
                 for (int h = 0; h < 2; h++) {
                     const __m512i packed = _mm512_loadu_si512(w + 64 * h);

@@ -26,6 +26,7 @@ constexpr int kFew = 4;             // tokens per panel on the way for few token
 constexpr int kMany = 12;           // and on the way for many: 12 x 2 accumulators fill the register file
 constexpr int kTokenBlock = 192;    // tokens that share one unpacked slice
 constexpr int64_t kChunk = 1536;    // tokens gathered at a time; bounds the scratch memory
+constexpr int64_t kAhead = 4096;   // bytes of weights asked for ahead of use; the best of 512 to 16384 on Zen 4
 constexpr int64_t kSerialWork = 200000;  // multiplications below which waking a second thread costs more than it saves
 
 template <class Acc>
