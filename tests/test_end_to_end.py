@@ -1,0 +1,248 @@
+"""The main job on tiny models: what is loaded computes what the bytes on disk mean, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import quant
+from quant import checkpoint
+from quant.api import compile_folder
+from quant.linear import PackedLinear
+from quant.plan import make_plan
+from quant.recipe import available, load_recipe
+
+RECIPES = tuple(available())
+Packed = Callable[..., Path]
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint folder."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def decode(fields: dict[str, Tensor], k: int) -> Tensor:
+    """The weight [N, K] that a layer's tensors mean, written from the format's definition with plain loops over bits."""
+    raw = fields["weight_packed"].to(torch.int32)
+    bits = 8 * raw.shape[1] // k
+    stream = torch.stack([(raw >> b) & 1 for b in range(8)], -1).reshape(len(raw), k, bits)
+    codes = sum(stream[..., b] << b for b in range(bits))
+    if "row_scale" in fields:
+        per = k // fields["group_scale"].shape[1]
+        step, offset = (fields[f"group_{part}"].int().repeat_interleave(per, 1) for part in ("scale", "offset"))
+        return (codes * step + offset).float() * fields["row_scale"].unsqueeze(1)
+    scale = fields["weight_scale"].float()
+    zero = fields["weight_zero"].float() if "weight_zero" in fields else torch.full_like(scale, 2.0 ** (bits - 1))
+    per = k // scale.shape[1]
+    return (codes - zero.repeat_interleave(per, 1)) * scale.repeat_interleave(per, 1)
+
+
+def int8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Forward hook: the input rounded to 255 levels of each token's own range."""
+    scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / 127
+    return (torch.round(args[0] * (1 / scale)).clamp(-127, 127) * scale, *args[1:])
+
+
+def twin(folder: Path, activation: bool) -> Any:
+    """A float model, without any code of this package, that computes what the folder's tensors mean."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    cls = getattr(transformers, config.architectures[0])
+    model = cls._from_config(config, dtype=torch.float32).eval()
+    tensors = stored(folder)
+    state = {n: t.float() for n, t in tensors.items() if n in model.state_dict() and t.numel()}
+    for name, module in model.named_modules():
+        fields = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.rpartition(".")[0] == name}
+        if "weight_packed" in fields:
+            state[f"{name}.weight"] = decode(fields, module.in_features)
+            if activation:
+                module.register_forward_pre_hook(int8_input)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= set(model._tied_weights_keys or ())
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    return model(ids).logits.float()
+
+
+@pytest.fixture(scope="session")
+def ids() -> Tensor:
+    return torch.randint(1, 320, (2, 33), generator=torch.Generator().manual_seed(3))
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Median over tokens of the relative error.
+
+    The median, because an input on a rounding boundary may take either int8 code, which moves its token by a percent.
+    """
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_loaded_model_computes_what_the_bytes_mean(
+    packed: Packed, ids: Tensor, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = packed(recipe)
+    activation = load_recipe(recipe).activation == "int8_token"
+    want = logits(twin(folder, activation), ids)
+    assert distance(logits(quant.load(folder, dtype=torch.float32), ids), want) < 1e-5
+    monkeypatch.setenv("LOWBIT_KERNEL", "reference")
+    exact = logits(quant.load(folder, dtype=torch.float32), ids)
+    assert float((exact - want).abs().max() / want.abs().max()) < 1e-6
+    if activation:  # float inputs are something else
+        assert distance(logits(twin(folder, False), ids), want) > 1e-3
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_report_is_complete_and_no_worse_than_rounding(packed: Packed, recipe: str) -> None:
+    folder = packed(recipe)
+    report = json.loads((folder / "report.json").read_text())
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    disk = {name.removesuffix(".weight_packed") for name in stored(folder) if name.endswith(".weight_packed")}
+    assert {layer["name"] for layer in layers} == disk
+    assert len(layers) == report["totals"]["layers"] == 21
+    assert list(report["totals"]["kept_in_float"]) == ["lm_head"]
+    assert report["totals"]["weight_files_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert all(0 <= layer["error"] < 0.5 and layer["rtn_error"] > 0 and layer["tokens"] == 512 for layer in layers)
+    down = next(layer for layer in layers if layer["name"].endswith("down_proj"))
+    if recipe != "w8a8":  # K = 96: the largest fitting group is taken, and said
+        assert down["format"]["group"] == 48
+        assert "48" in down["note"]
+    error, rtn_error = (sum(layer[key] for layer in layers) / len(layers) for key in ("error", "rtn_error"))
+    assert error <= rtn_error * (1 + 1e-6)
+    if recipe in ("gptq", "dgq"):
+        assert error < 0.9 * rtn_error
+    shipped = {p.name for p in folder.iterdir()}
+    assert {"config.json", "recipe.yaml", "report.json", "README.md", "tokenizer.json", "model.safetensors"} <= shipped
+    again = load_recipe(str(folder / "recipe.yaml"))
+    assert again == load_recipe(recipe, ["calibration.tokens=512", "calibration.length=64"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_plan_knows_the_size(packed: Packed, llama: Path, tiny: ModuleType, recipe: str) -> None:
+    plan = make_plan(str(llama), load_recipe(recipe, tiny.SMALL))
+    assert plan.bytes_on_disk() == sum(f.stat().st_size for f in packed(recipe).glob("*.safetensors"))
+
+
+def test_shards(packed: Packed, llama: Path, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.shards, "__defaults__", (30_000,))
+    plan = make_plan(str(llama), load_recipe("rtn", tiny.SMALL))
+    promised = plan.bytes_on_disk()
+    out = compile_folder(plan, tmp_path / "out", torch.device("cpu"))
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 3
+    assert sum(f.stat().st_size for f in files) == promised
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert {n: f.name for f in files for n in load_file(f)} == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in stored(out).values())
+    same_tensors(stored(out), stored(packed("rtn")))
+    same_tensors(quant.load(out).state_dict(), quant.load(packed("rtn")).state_dict())
+
+
+def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Equal names, dtypes, shapes and bytes."""
+    assert sorted(left) == sorted(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_transformers_loads_it_too(packed: Packed, ids: Tensor) -> None:
+    ours = quant.load(packed("dgq"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(packed("dgq"), dtype="auto")
+    assert not theirs.training
+    assert theirs.dtype == torch.bfloat16
+    same_tensors(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(logits(ours, ids), logits(theirs, ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_again_it_has_the_same_bytes(packed: Packed, ids: Tensor, tmp_path: Path, tied: bool) -> None:
+    folder = packed("dgq", tied=tied)
+    model = quant.load(folder)
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tied
+    before = logits(model, ids)
+    text = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
+    assert text.shape[1] > ids.shape[1]
+    model.save_pretrained(tmp_path / "again")  # bound by the forward passes above
+    again = tmp_path / "again"
+    same_tensors(stored(folder), stored(again))
+    assert ("lm_head.weight" in stored(again)) is not tied
+    section = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (folder, again)]
+    assert section[0] == section[1]
+    reloaded = quant.load(again)
+    assert torch.equal(logits(reloaded, ids), before)
+    assert (reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()) is tied
+
+
+def test_model_in_memory(packed: Packed, tiny: ModuleType, ids: Tensor) -> None:
+    model = quant.quantize(tiny.llama(), "rtn", overrides=tiny.SMALL, tokenizer=tiny.tokenizer())
+    same_tensors(model.state_dict(), quant.load(packed("rtn")).state_dict())
+    assert torch.equal(logits(model, ids), logits(quant.load(packed("rtn")), ids))  # its folder is gone by now
+    with pytest.raises(ValueError, match="tokenizer="):
+        quant.quantize(tiny.llama(), "rtn")
+
+
+def test_tensors_the_model_ignores_are_kept(tiny: ModuleType, llama: Path, tmp_path: Path) -> None:
+    folder = copy_tree(llama, tmp_path / "source")
+    extra = torch.arange(6, dtype=torch.int64)
+    tiny.rewrite(folder, lambda t: t.update({"some.older.buffer": extra}))
+    quant.quantize(folder, "rtn", tmp_path / "out", overrides=tiny.SMALL)
+    assert torch.equal(stored(tmp_path / "out")["some.older.buffer"], extra)
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_speech(packed_speech: Path, clips: Path) -> None:
+    model = quant.load(packed_speech, dtype=torch.float32)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert len(layers) == 2 * 6 + 2 * 10
+    assert all(f"model.decoder.layers.1.encoder_attn.{leaf}_proj" in layers for leaf in "qkv")
+    report = json.loads((packed_speech / "report.json").read_text())
+    reports = {layer["name"]: layer for block in report["blocks"] for layer in block["layers"]}
+    # 0.6 + 1.0 + 1.4 s: only frames with speech count, also where the decoder attends to the encoder
+    frames = 30 + 50 + 70
+    assert reports["model.encoder.layers.0.fc1"]["tokens"] == frames
+    assert reports["model.decoder.layers.0.encoder_attn.k_proj"]["tokens"] == frames
+    processor = transformers.AutoProcessor.from_pretrained(packed_speech)
+    wave = torch.sin(torch.arange(16_000) / 9).numpy()
+    inputs = processor(wave, sampling_rate=16_000, return_tensors="pt").input_features
+    prompt = torch.tensor([[1, 2, 50, 60]])
+    with torch.no_grad():
+        got = model(input_features=inputs, decoder_input_ids=prompt).logits
+        want = twin(packed_speech, True)(input_features=inputs, decoder_input_ids=prompt).logits
+    assert distance(got, want) < 1e-5
+    assert model.generate(inputs, max_new_tokens=4).shape[0] == 1
+
+
+def test_copies_of_a_loaded_model_are_independent(packed: Packed, ids: Tensor) -> None:
+    model = quant.load(packed("rtn"))
+    before = logits(model, ids)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.zero_()
+        for module in other.modules():
+            if isinstance(module, PackedLinear):
+                module.unbind()
+                module.weight_scale.zero_()
+    assert torch.equal(logits(model, ids), before)
+    assert not torch.equal(logits(other, ids), before)

@@ -1,0 +1,122 @@
+"""Tiny models in Hugging Face layout, with tokenizers, for tests of the pipeline. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on while the fox jumps again. "
+SMALL = ["calibration.tokens=512", "calibration.length=64"]  # recipe overrides that make a run take a second
+WORDS = 320
+RATE = 16_000
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 tokens; </s> is 0."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS, special_tokens=["</s>"], initial_alphabet=alphabet, min_frequency=1, show_progress=False
+    )
+    bpe.train_from_iterator([SENTENCE], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+
+
+def llama(*, tied: bool = False, layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
+    """A random Llama: 64 channels, 96 in the MLP (which group 64 does not divide), two query heads per key head, bfloat16."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def llama_folder(folder: Path, **how: Any) -> Path:
+    """`llama` saved with its tokenizer."""
+    llama(**how).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def whisper_folder(folder: Path) -> Path:
+    """A random Whisper (2 + 2 blocks of 64 channels, 2 s of audio) with its processor."""
+    torch.manual_seed(0)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 1}
+    config = WhisperConfig(
+        vocab_size=WORDS,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=100,
+        max_target_positions=40,
+        init_std=0.1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **special,
+    )
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig(max_length=40, no_timestamps_token_id=2, return_timestamps=False, **special)
+    model.save_pretrained(folder)
+    extractor = WhisperFeatureExtractor(chunk_length=2)
+    WhisperProcessor(feature_extractor=extractor, tokenizer=tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def clips_folder(folder: Path, count: int = 3) -> Path:
+    """Noisy tones of different lengths, with transcripts, as .wav."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        time = np.arange(int((0.6 + 0.4 * i) * RATE)) / RATE
+        wave = 0.4 * np.sin(2 * np.pi * (200 + 90 * i) * time) + 0.1 * draw.standard_normal(len(time))
+        soundfile.write(folder / f"{i}.wav", wave.astype(np.float32), RATE)
+        (folder / f"{i}.txt").write_text("the dog jumps")
+    return folder
+
+
+def rewrite(folder: Path, change: Any, file: str = "model.safetensors") -> None:
+    """Load a weight file's tensors, let `change` edit the dict, write them back."""
+    tensors = {name: value.clone() for name, value in load_file(folder / file).items()}
+    change(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, change: Any) -> None:
+    """Let `change` edit a JSON file's object."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
