@@ -1,9 +1,10 @@
 """How fast the CPU kernels are beside torch's own, in one process: `python -m quant.eval.kernel_speed [--threads 1]`.
 
 Rivals: `torch int4` (aten::_weight_int4pack_mm_for_cpu, bfloat16 tokens, group 128), `torch int8` (torch._int_mm, whose
-tokens are already quantized and whose output is raw int32), `torch bf16` (linear). Every candidate is called once per
-round, so a machine that slows down slows all of them; medians over rounds are printed. One token reads its weights
-cold: each call uses the next of enough copies to exceed the last-level cache several times. `stream` is a torch sum
+tokens are already quantized and whose output is raw int32), `torch bf16` (linear). Candidates take
+turns within every round, so a machine that slows down slows all of them; medians over calls are printed. One token reads
+its weights cold: each call uses the next of enough copies to exceed the last-level cache several times, and a turn is
+eight calls, as a decoder calls one kernel layer after layer. `stream` is a torch sum
 over memory, the yardstick for reading bandwidth; the share of it that a kernel reaches counts every byte it stores.
 """
 
@@ -108,15 +109,16 @@ def rivals(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     return out | {"stream": (rotating(torch.sum, copies_of((chunk,), cold=True)), chunk.nbytes)}
 
 
-def measure(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; all are called in turn, `rounds` times after two warm-up rounds."""
+def measure(calls: dict[str, Call], rounds: int, burst: int) -> dict[str, float]:
+    """Median seconds of each call; all take turns of `burst` calls, `rounds` times after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 2):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+            for _ in range(burst):
+                start = time.perf_counter()
+                call()
+                if turn >= 2:
+                    seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -136,8 +138,8 @@ def kernel_speed(
     try:
         for m in tokens:
             candidates = ours(m, n, k) | rivals(m, n, k)
-            counted = rounds or (100 if m == 1 else 9)
-            times = measure({name: call for name, (call, _) in candidates.items()}, counted)
+            counted, burst = rounds or (25 if m == 1 else 9), 8 if m == 1 else 1
+            times = measure({name: call for name, (call, _) in candidates.items()}, counted, burst)
             stream = candidates["stream"][1] / times["stream"]
             for name, seconds in times.items():
                 bandwidth = candidates[name][1] / seconds
@@ -172,7 +174,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--tokens", "-m", multiple=True, type=int, default=(1, 512), show_default=True)
 @click.option("--n", type=int, default=4096, show_default=True, help="Out features.")
 @click.option("--k", type=int, default=4096, show_default=True, help="In features.")
-@click.option("--rounds", type=int, default=None, help="Rounds per token count. [100 for one token, else 9]")
+@click.option("--rounds", type=int, default=None, help="Rounds per token count. [25 for one token, else 9]")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=None, help="Also write the rows to this file.")
 def main(threads: tuple[int, ...], tokens: tuple[int, ...], n: int, k: int, rounds: int | None, file: Path | None) -> None:
     """Times the C++ kernels beside torch's int4, int8 and bfloat16 matmuls."""
