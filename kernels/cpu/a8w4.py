@@ -21,7 +21,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lowbit::cpu_a8w4", "cpu")
 def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/8, 32, 4], scales uint8 [N/32, K/G, 2, 32], row_scale [N]."""
     (m, k), n = x.shape, row_scale.shape[0]
@@ -40,6 +39,7 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Ten
     return x.new_empty((x.shape[0], row_scale.shape[0]))
 
 
+torch.library.impl("lowbit::cpu_a8w4", "cpu", cpu_a8w4)
 torch.library.register_fake("lowbit::cpu_a8w4", _fake)
 
 

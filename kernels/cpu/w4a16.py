@@ -23,7 +23,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("lowbit::cpu_w4a16", "cpu")
 def cpu_w4a16(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, k: int, group: int
 ) -> Tensor:
@@ -47,6 +46,7 @@ def _fake(
     return x.new_empty((x.shape[0], n))
 
 
+torch.library.impl("lowbit::cpu_w4a16", "cpu", cpu_w4a16)
 torch.library.register_fake("lowbit::cpu_w4a16", _fake)
 
 

@@ -19,7 +19,6 @@ from quant.kernels.formats.int_group import IntGroup
 torch.library.define("lowbit::cpu_w8a8", "(Tensor x, Tensor codes, Tensor row_scale, Tensor? bias, int k) -> Tensor")
 
 
-@torch.library.impl("lowbit::cpu_w8a8", "cpu")
 def cpu_w8a8(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/4, 32, 4] holding w8 + 128, row_scale float32 [N]."""
     m, n = x.shape[0], row_scale.shape[0]
@@ -38,6 +37,7 @@ def _fake(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: i
     return x.new_empty((x.shape[0], row_scale.shape[0]))
 
 
+torch.library.impl("lowbit::cpu_w8a8", "cpu", cpu_w8a8)
 torch.library.register_fake("lowbit::cpu_w8a8", _fake)
 
 
