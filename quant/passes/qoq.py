@@ -49,4 +49,5 @@ def progressive_grid(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     s2 = torch.round((high - low) / 15).clamp_(1, 16)
     zero = torch.round(-low / s2).clamp_(0, 15)
+    zero = torch.where(s2 == 16, 8.0, zero)  # the only zero point around which 16 codes of step 16 fit int8
     return q8, row_scale, torch.minimum(s2, largest_step(zero)), zero
