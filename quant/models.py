@@ -79,8 +79,26 @@ def check(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"{folder} has no config.json; give a model folder in Hugging Face layout")
-    _read_json(config)
+    read_json(config)
     index(folder)
+
+
+def model_class(folder: Path) -> tuple[Any, Any]:
+    """The transformers config of `folder` and the model class that it names. Raises ValueError when either cannot be had."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each config class has its own complaints, some of them over many lines
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ValueError(f"{folder}/config.json cannot be used: {reason}") from error
+    names = config.architectures if isinstance(config.architectures, list) else []
+    found = (getattr(transformers, str(name), None) for name in names)
+    cls = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    if cls is None:
+        version = transformers.__version__
+        raise ValueError(f"{folder}/config.json names architecture {names or 'none'}; transformers {version} has no such model")
+    return config, cls
 
 
 def from_hub(name: str, files: list[str], kind: Literal["model", "dataset"] = "model") -> Path:
@@ -112,7 +130,7 @@ def index(folder: Path) -> dict[str, Entry]:
     """
     listing = folder / INDEX
     if listing.is_file():
-        weight_map = _read_json(listing).get("weight_map")
+        weight_map = read_json(listing).get("weight_map")
         # a bare file name, so that a hostile index cannot point outside the folder
         if not isinstance(weight_map, dict) or not all(
             isinstance(file, str) and file == Path(file).name for file in weight_map.values()
@@ -144,7 +162,7 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if not pickles:
         return f"{folder} has no weights; *.safetensors files are needed beside config.json"
-    architectures = _read_json(folder / "config.json").get("architectures") or ["AutoModel"]
+    architectures = read_json(folder / "config.json").get("architectures") or ["AutoModel"]
     return (
         f"{folder} has only pickle weights ({pickles[0]}), and loading a pickle can run code; where you trust it, run "
         f'python -c "from transformers import {architectures[0]} as M; '
@@ -191,7 +209,8 @@ def entry_bytes(entry: Entry) -> int:
     return total
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ValueError, naming the file, when it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -15,7 +15,7 @@ from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.models import Entry, Weights, index, resolve
 from quant.recipe import Recipe
-from quant.stacks import Stack, disk_names, empty_model, find_stacks
+from quant.stacks import Stack, disk_names, empty_model, find_stacks, unfilled
 from quant.targets import Selection, Target, select
 
 COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
@@ -124,4 +124,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
                 f"{name}.weight is not in {source} under a name that can be matched; "
                 f"leave it in float with the rule {{match: {name}, skip: true}}"
             )
+    absent = unfilled(model, disk)
+    if absent:
+        raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
     return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)

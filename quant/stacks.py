@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant.models import read_header
+from quant.models import model_class, read_header
 
 PACKED = ".weight_packed"
 
@@ -26,19 +27,13 @@ class Stack:
 def empty_model(folder: Path) -> Any:
     """The transformers model of a folder with all parameters on the meta device and real buffers.
 
-    Raises ValueError when config.json names no class that this transformers knows.
+    Raises ValueError when config.json cannot be used or names no class that this transformers knows.
     """
-    import transformers
     from accelerate import init_empty_weights
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config, cls = model_class(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantized already; give the float model it was made from")
-    names = config.architectures or []
-    cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    if cls is None:
-        version = transformers.__version__
-        raise ValueError(f"{folder}/config.json names architecture {names or 'none'}; transformers {version} has no such class")
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=torch.float32)
     model.eval()
@@ -68,6 +63,17 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 def disk_names(model: nn.Module, on_disk: Iterable[str]) -> dict[str, str]:
     """Parameter name in memory -> tensor name on disk, for every parameter that is stored."""
     return match_names((name for name, _ in model.named_parameters()), on_disk, least=2)
+
+
+def unfilled(model: nn.Module, disk: Mapping[str, str]) -> list[str]:
+    """Parameters that loading would have to invent: not stored, not tied to another, not declared optional by the class.
+
+    `disk`: as `disk_names` gives it.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    absent = [name for name, _ in model.named_parameters() if name not in disk and name not in tied]
+    return [name for name in absent if not any(re.search(pattern, name) for pattern in optional)]
 
 
 def disk_layers(layers: Iterable[str], files: Iterable[str | Path]) -> dict[str, str]:
