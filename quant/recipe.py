@@ -82,7 +82,7 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """ "did you mean X?" or the list of what is allowed."""
     options = sorted(allowed)
     close = difflib.get_close_matches(given, options, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(options)}"
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(options) or 'none'}"
 
 
 def checked(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -133,8 +133,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(values, override)
     recipe = checked(Recipe, values, f"recipe {path.stem}")
-    if recipe.activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {recipe.activation!r}; {nearest(recipe.activation, ACTIVATIONS)}")
+    for activation in (recipe.activation, *(rule.activation for rule in recipe.rules)):
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; {nearest(activation, ACTIVATIONS)}")
     recipe.base_format(), recipe.quantizer()
     return recipe
 
@@ -144,16 +145,23 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, eq, text = override.partition("=")
     if not eq:
         raise ValueError(f"--set {override!r} has no '='; write key=value, for instance format.group=128")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override!r}: {text!r} is not a YAML value; write a number, a word, or [a, b]") from None
     *path, leaf = key.strip().split(".")
-    passes = {name: entry for entry in values.get("passes", []) for name in entry}
-    if path and path[0] in passes:
-        options = passes[path[0]][path[0]] or {}
-        passes[path[0]][path[0]] = options | {leaf: yaml.safe_load(text)}
-        return
+    passes = {name: entry for entry in values.get("passes") or [] if isinstance(entry, dict) for name in entry}
     top = path[0] if path else leaf
+    if top in passes:
+        if len(path) != 1:
+            raise ValueError(f"--set {override!r} does not name one option of pass {top}; write {top}.option=value")
+        passes[top][top] = (passes[top][top] or {}) | {leaf: value}
+        return
     if top not in Recipe.model_fields:
         raise ValueError(f"recipe {values.get('name')} has no key {top!r}; {nearest(top, [*Recipe.model_fields, *passes])}")
-    scope = values
+    scope: Any = values
     for part in path:
         scope = scope.setdefault(part, {})
-    scope[leaf] = yaml.safe_load(text)
+        if not isinstance(scope, dict):
+            raise ValueError(f"--set {override!r}: {part} has no keys of its own; set {part} as a whole")
+    scope[leaf] = value
