@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from quant.kernels.format import Format, from_config
-from quant.models import DTYPES, Entry, entry_bytes
-from quant.stacks import PACKED
+from quant.models import DTYPES, Entry, entry_bytes, read_json
+from quant.stacks import PACKED, match_names
 from quant.targets import Target
 
 METHOD = "lowbit"
@@ -166,7 +167,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give a folder written by quantize")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     section = config.get("quantization_config")
     if not isinstance(section, dict) or section.get("quant_method") != METHOD:
         raise ValueError(f"{folder} was not written by quantize (quant_method is not {METHOD!r}); load it with transformers")
@@ -188,11 +189,15 @@ def layers_on_disk(tensors: Mapping[str, Entry]) -> list[str]:
     return [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]
 
 
-def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Check every packed tensor's presence, dtype and shape from file headers alone.
+def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model: nn.Module) -> set[str]:
+    """Check every packed tensor's presence, dtype and shape from file headers alone; returns the packed layers (in memory).
 
-    shapes: layer name on disk -> (n, k) as the model defines it. Raises ValueError naming the first that does not fit.
+    model: with its linears still float, of which the shapes count. Raises ValueError naming the first that does not fit.
     """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    # any field of a layer tells its name, so one that lost its codes is still found
+    on_disk = match_names(linears, {name.rpartition(".")[0] for name in tensors}, least=1)
+    shapes = {on_disk.get(name, name): (m.out_features, m.in_features) for name, m in linears.items()}
     for name, (n, k) in shapes.items():
         scheme = scheme_of(section, name)
         if scheme is None:
@@ -209,6 +214,7 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], shape
     strangers = set(layers_on_disk(tensors)) - {name for name in shapes if scheme_of(section, name)}
     if strangers:
         raise ValueError(f"{min(strangers)} is packed on disk, but config.json has no rule for it or the model no such layer")
+    return {name for name in linears if scheme_of(section, on_disk.get(name, name))}
 
 
 def safe_name(text: str) -> str:

@@ -72,6 +72,16 @@ class PackedLinear(nn.Module):
             return self.kernel.restore(self._prepared, self._spec)
         return {name: self._parameters[name].data for name in self._field_names()}  # type: ignore[union-attr]
 
+    def require_valid(self, name: str) -> None:
+        """Raise ValueError, naming the tensor, if a value lies outside what the format allows. `name`: the layer's."""
+        fields = self.fields()
+        if fields["weight_packed"].device.type == "meta":
+            return
+        try:
+            self.format.check(fields, self.out_features, self.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+
     def bind(self) -> None:
         """Choose the kernel for the device the tensors are on and change to its layout. Checks ranges first."""
         fields = self.fields()

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from quant.checkpoint import check_layers, layers_on_disk, read_config
-from quant.models import index
-from quant.stacks import match_names
+from quant.checkpoint import check_layers, read_config
+from quant.models import index, model_class
+from quant.stacks import disk_names, unfilled
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
@@ -20,7 +20,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
     unknown format version, a file cut short, and the first tensor that is missing or has the wrong shape or dtype.
     """
     import accelerate
-    import transformers
 
     from quant.serve import hook
 
@@ -30,16 +29,14 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         raise ValueError(f"{path} is not a folder; give the folder that quantize wrote")
     config = read_config(folder)
     tensors = index(folder)
-    auto = transformers.AutoConfig.from_pretrained(folder)
-    name = (auto.architectures or [""])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise ValueError(f"{folder} holds a {name or 'nameless'} model, which transformers {transformers.__version__} lacks")
+    auto, cls = model_class(folder)
     with accelerate.init_empty_weights():
         empty = cls._from_config(auto)
-    linears = {n: (m.out_features, m.in_features) for n, m in empty.named_modules() if type(m) is torch.nn.Linear}
-    on_disk = match_names(linears, [*layers_on_disk(tensors), *(n.removesuffix(".weight") for n in tensors)], least=1)
-    check_layers(config["quantization_config"], tensors, {on_disk.get(n, n): shape for n, shape in linears.items()})
+    packed = check_layers(config["quantization_config"], tensors, empty)
+    on_disk = disk_names(empty, tensors)
+    for name in unfilled(empty, on_disk):
+        if name.rpartition(".")[0] not in packed or not name.endswith(".weight"):
+            raise ValueError(f"{name} is missing from {folder}; copy it again or quantize again")
     if dtype is None:
         dtype = auto.dtype or torch.float32
         if dtype == torch.float16 and torch.device(device or "cpu").type == "cpu":

@@ -7,6 +7,7 @@ quantizer registry is imported (`serve/hook.py`).
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quant.checkpoint import METHOD, SENTINEL_SHAPE, require_version, scheme_of
+from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, require_version, scheme_of
 from quant.linear import PackedLinear
+from quant.models import read_header
 from quant.stacks import disk_layers
 
 
@@ -51,6 +53,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> None:
         section = self.quantization_config.section
+        if checkpoint_files:  # transformers would fill what is missing with random numbers
+            check_layers(section, {n: e for file in checkpoint_files for n, e in read_header(Path(file)).items()}, model)
         linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
         names = disk_layers(list(linears), checkpoint_files or [])
         replaced = []
@@ -77,6 +81,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         setattr(model, "_keys_to_ignore_on_load_unexpected", {*ignored, rf"^{re.escape(on_disk)}\.weight$"})  # noqa: B010
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.require_valid(name)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
