@@ -28,18 +28,35 @@ def make_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
 
 def text_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
     """Windows of tokens [1, length]."""
-    from transformers import AutoTokenizer
-
     wanted = plan.recipe.calibration
     corpus = text.documents(wanted.source, "calibration")
-    tokenizer = AutoTokenizer.from_pretrained(plan.source)
+    tokenizer = preprocessor(plan, "AutoTokenizer")
     count = max(1, wanted.tokens // wanted.length)
     found = text.windows(tokenizer, corpus, wanted.length, count, plan.recipe.seed)
+    rows = plan.model.get_input_embeddings().num_embeddings
+    if int(found.tokens.max()) >= rows:
+        raise ValueError(
+            f"the tokenizer in {plan.source} makes token {int(found.tokens.max())}, the model has {rows}; "
+            "put the model's own tokenizer there"
+        )
     samples = [Sample({"input_ids": row.unsqueeze(0).to(device)}) for row in found.tokens]
     line = f"{corpus.name}: {len(samples)} windows of {wanted.length} tokens"
     if len(samples) < count:
         line += f" ({count} asked, {found.available} tokens available)"
     return samples, line
+
+
+def preprocessor(plan: Plan, auto: str) -> Any:
+    """The source's tokenizer or processor, by its transformers auto class. Raises ValueError when it cannot be opened."""
+    import transformers
+
+    try:
+        return getattr(transformers, auto).from_pretrained(plan.source)
+    except Exception as error:  # each tokenizer class has its own complaints, some of them over many lines
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(
+            f"{plan.source} has no usable {auto.removeprefix('Auto').lower()} ({reason}); put the model's own files there"
+        ) from error
 
 
 def speech_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
@@ -48,7 +65,7 @@ def speech_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]
 
     wanted = plan.recipe.calibration
     clips = audio.clips(wanted.source, wanted.clips)
-    processor = transformers.AutoProcessor.from_pretrained(plan.source)
+    processor = preprocessor(plan, "AutoProcessor")
     model: Any = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(plan.source, dtype=torch.float32).to(device).eval()
     ids = audio.targets(model, processor, clips)
     del model
