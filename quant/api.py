@@ -59,13 +59,27 @@ def quantize(
         plan = make_plan(str(model), load_recipe(recipe, sets))
         target = Path(output) if output is not None else Path(scratch) / "packed"
         require_free(target)
-        return load(compile_folder(plan, target, torch.device(device)))
+        return load(compile_folder(plan, target, usable_device(device)))
 
 
 def require_free(output: Path) -> None:
-    """Raise ValueError unless `output` does not exist or is an empty folder."""
+    """Raise ValueError unless `output` can be made: it does not exist or is an empty folder, in a place one can write to."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} already exists and is not empty; give another -o or remove it")
+    parent = next(path for path in output.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{output} cannot be made: {parent} is no folder that you can write to; give another -o")
+
+
+def usable_device(name: str) -> torch.device:
+    """The torch device called `name`. Raises ValueError when there is no such device here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch uses all three, by backend
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); give cpu, cuda or cuda:N") from error
+    return device
 
 
 def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Listener = lambda done, total, block: None) -> Path:
@@ -75,7 +89,12 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     samples, calibration = make_samples(plan, device)
     work = Workspace(output, plan.identity(calibration))
     resumed = len(work.reports)
-    blocks = run_blocks(plan, samples, work, device, listen)
+    try:
+        blocks = run_blocks(plan, samples, work, device, listen)
+    except BaseException:
+        if not work.reports:
+            work.remove()  # nothing in it that a second run could use
+        raise
     final = work.folder / "final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ VERBS = {
     "run": "quant.eval.run:command",
     "inspect": "quant.show:command",
 }
+NO_MODEL = "no model given; give a folder, a hub id or demo:smollm2-135m, or use --list or --help"
 
 
 class Verbs(click.Group):
@@ -33,7 +35,9 @@ class Verbs(click.Group):
         return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or args[0] in ("--help", "-h"):
+        if not args:
+            raise ValueError(NO_MODEL)
+        if args[0] in ("--help", "-h"):
             args = ["MODEL", "--help"]
         elif args[0] not in VERBS:
             args = ["MODEL", *args]
@@ -74,10 +78,10 @@ def job(
         list_all(console)
         return
     if model is None:
-        raise ValueError("no model given; give a folder, a hub id or demo:smollm2-135m, or use --list")
+        raise ValueError(NO_MODEL)
     from quant.recipe import load_recipe
 
-    sets = [*overrides, *([f"calibration.source={calib!r}"] if calib else [])]
+    sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
     recipe = load_recipe(recipe_name, sets)
     import torch
 
@@ -86,12 +90,17 @@ def job(
     target = output or Path(f"{safe_name(model.removeprefix('demo:').rstrip('/').rpartition('/')[2])}-{recipe.name}")
     if threads is not None:
         torch.set_num_threads(threads)
-    from quant.api import compile_folder, require_free
+    from transformers.utils import logging
+
+    from quant.api import compile_folder, require_free, usable_device
     from quant.plan import make_plan
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the run has a bar of its own
     say = (lambda line: None) if quiet else (lambda line: console.print(line))
     if not only_plan:
         require_free(target)
+        usable_device(device)
     plan = make_plan(model, recipe, say)
     if only_plan:
         from quant.show import print_plan
@@ -101,7 +110,7 @@ def job(
     from quant.progress import Reporter
 
     with Reporter(console, quiet) as reporter:
-        compile_folder(plan, target, torch.device(device), reporter.block)
+        compile_folder(plan, target, usable_device(device), reporter.block)
     if not quiet:
         from quant.show import print_result
 
@@ -119,6 +128,8 @@ def list_all(console: Any) -> None:
             console.print(f"  {name:24} {text}")
 
 
+# what the file system may refuse without a fault of this program
+USERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 main_group = Verbs(name="quantize", add_help_option=False)
 
 
@@ -127,7 +138,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         main_group.main(args=None if args is None else list(args), prog_name="quantize", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        # click's own messages may list choices over several lines
+        print(f"quantize: {' '.join(error.format_message().split())}; see --help", file=sys.stderr)
         return 2
     except ValueError as error:
         if not error.args or "\n" in str(error):
@@ -135,7 +147,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"quantize: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in USERS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
