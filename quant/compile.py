@@ -103,6 +103,10 @@ def run_block(
     running = copy.deepcopy(block).to(COMPUTE)
     groups = capture(name, running, list(targets), float_chain, quant_chain, samples)
     del running
+    if not all(hidden.isfinite().all() for hidden in float_chain.hidden):
+        raise ValueError(
+            f"the output of {name} on the calibration data holds a NaN or an infinity; check the model and the calibration data"
+        )
 
     view = BlockView(
         name, block, groups, lambda: run_float32(block, quant_chain), lambda param: weights.dtype(plan.disk[param])
@@ -177,9 +181,14 @@ def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None
     parent, _, leaf = target.name.removeprefix(f"{name}.").rpartition(".")
     owner = block.get_submodule(parent)
     old = getattr(owner, leaf)
-    layer = PackedLinear.from_fields(
-        packed, target.format, target.activation, target.n, target.k, None if old.bias is None else old.bias.data
-    )
+    bias = None if old.bias is None else old.bias.data
+    try:
+        layer = PackedLinear.from_fields(packed, target.format, target.activation, target.n, target.k, bias)
+    except ValueError as error:  # the bytes were made just now, so it is the weights that the format cannot hold
+        raise ValueError(
+            f"{target.name} has weights up to {float(old.weight.abs().max()):.3g}, which {target.format.name} cannot hold; "
+            f"leave it in float with the rule {{match: {target.name}, skip: true}}"
+        ) from error
     setattr(owner, leaf, layer)
 
 

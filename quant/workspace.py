@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +81,14 @@ class Workspace:
 
     def _save(self, tensors: dict[str, Tensor], name: str) -> None:
         temporary = self.folder / f"{name}.tmp"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # it wraps what the system said, for instance that the disk is full
+            temporary.unlink(missing_ok=True)
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(temporary)) from error
         os.replace(temporary, self.folder / name)
 
     def _load(self, name: str) -> list[Tensor]:
