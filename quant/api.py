@@ -71,11 +71,12 @@ def require_free(output: Path) -> None:
         raise ValueError(f"{output} cannot be made: {parent} is no folder that you can write to; give another -o")
 
 
-def usable_device(name: str) -> torch.device:
-    """The torch device called `name`. Raises ValueError when there is no such device here."""
+def usable_device(name: str, here: bool = True) -> torch.device:
+    """The torch device called `name`. Raises ValueError when torch knows no such device, or (`here`) this machine has none."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
+        if here:
+            torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch uses all three, by backend
         reason = " ".join(str(error).split("\n")[0].split())
         raise ValueError(f"device {name!r} cannot be used here ({reason}); give cpu, cuda or cuda:N") from error

@@ -98,9 +98,9 @@ def job(
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the run has a bar of its own
     say = (lambda line: None) if quiet else (lambda line: console.print(line))
+    usable_device(device, here=not only_plan)
     if not only_plan:
         require_free(target)
-        usable_device(device)
     plan = make_plan(model, recipe, say)
     if only_plan:
         from quant.show import print_plan
