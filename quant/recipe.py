@@ -56,6 +56,8 @@ class Recipe(Frozen):
         """The passes with their options checked."""
         built = []
         for entry in self.passes:
+            if len(entry) != 1:
+                raise ValueError(f"recipe {self.name}: a pass is one entry `- name: options`, given {entry}")
             ((name, options),) = entry.items()
             if name not in base.names():
                 raise ValueError(f"recipe {self.name} has no valid pass {name!r}; {nearest(name, base.names())}")
@@ -90,7 +92,8 @@ def checked(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     try:
         return cls(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt key is missing, too
         path = [str(part) for part in first["loc"]]
         where = ".".join(path) or what
         if first["type"] == "extra_forbidden":
