@@ -43,6 +43,12 @@ class Verbs(click.Group):
             args = ["MODEL", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # click would print an empty line for it
+            raise click.Abort from None
+
 
 EPILOG = "Verbs: " + ", ".join(f"quantize {verb} OUT" for verb in VERBS) + "; each has its own --help."
 
@@ -110,7 +116,10 @@ def job(
     from quant.progress import Reporter
 
     with Reporter(console, quiet) as reporter:
-        compile_folder(plan, target, usable_device(device), reporter.block)
+        try:
+            compile_folder(plan, target, usable_device(device), reporter.block)
+        except KeyboardInterrupt:
+            raise click.Abort("finished blocks are kept, the same command goes on where it stopped") from None
     if not quiet:
         from quant.show import print_result
 
@@ -155,8 +164,8 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        print("quantize: stopped; finished blocks are kept, the same command goes on where it stopped", file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort) as error:
+        print("; ".join(["quantize: stopped", *map(str, error.args)]), file=sys.stderr)
         return 130
     return 0
 
