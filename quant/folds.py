@@ -78,6 +78,9 @@ class BlockView:
         if shared is None:
             return f"{maker_name} makes {len(weight)} channels, {len(r)} are read"
         at_maker, r = shared
+        if not isinstance(maker, nn.Linear):  # a norm takes its rounding on disk now, and the readers undo just that
+            stored = (weight / r).to(self.stored_dtype(f"{maker_name}.weight")).float()
+            at_maker = r = torch.where(stored != 0, weight / stored, r)
         assert self.reference.isfinite().all(), self.name  # also runs the block before the first fold touches it
         touched: dict[str, Any] = {f"{maker_name}.weight": weight, f"{maker_name}.bias": bias}
         touched |= {f"{name}.weight": self.linear(name).weight for name in group.names}
@@ -87,7 +90,7 @@ class BlockView:
         for name, (param, _) in saved.items():
             if name.startswith(f"{maker_name}."):
                 param.data /= at_maker.view(-1, *[1] * (param.dim() - 1))
-                if not isinstance(maker, nn.Linear):  # a norm is stored, so it takes its rounding now
+                if not isinstance(maker, nn.Linear):
                     param.data = param.data.to(self.stored_dtype(name)).float()
             else:
                 param.data *= r

@@ -1,0 +1,130 @@
+"""smooth: both formulas to the letter, the identity, and on a real block an unmoved output with every refusal reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quant.calibrate import Chain, Sample, capture, catch
+from quant.folds import BlockView
+from quant.passes.smooth import Pass, migration_factors, percentile_factors
+from quant.stacks import find_stacks
+
+
+@pytest.fixture
+def view(tiny: ModuleType) -> Callable[[], BlockView]:
+    """A Llama block with one outlier channel in each norm's output."""
+
+    def make() -> BlockView:
+        model: Any = tiny.llama(layers=1).float().requires_grad_(False)
+        block, name = model.model.layers[0], "model.layers.0"
+        block.input_layernorm.weight[7], block.post_attention_layernorm.weight[3] = 40, 20
+        chain = catch(model, find_stacks(model), 0, [Sample({"input_ids": torch.randint(0, 320, (2, 20))})], [])
+        targets = [f"{name}.{leaf}" for leaf, m in block.named_modules() if isinstance(m, nn.Linear)]
+        groups = capture(name, block, targets, Chain(list(chain.hidden), chain.calls), chain, [Sample({})])
+        return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: torch.float32)
+
+    return make
+
+
+@pytest.mark.parametrize(("channels", "rank"), [(4096, 21), (11008, 56), (64, 1), (100, 2)])
+def test_percentile_level_is_the_kth_largest(channels: int, rank: int) -> None:
+    """k = floor(0.005 C + 1.5); outliers come down to the level exactly, nothing else is touched."""
+    absmax = torch.rand(channels, generator=torch.Generator().manual_seed(0)) ** 4 * 30
+    level = absmax.sort(descending=True).values[rank - 1]
+    r = percentile_factors(absmax)
+    assert (r >= 1).all()
+    assert int((r > 1).sum()) == rank - 1
+    assert (absmax / r).max() == pytest.approx(float(level), rel=1e-6)
+    assert torch.equal(r[absmax <= level], torch.ones(channels - rank + 1))
+
+
+def test_quiet_layers_are_left_alone() -> None:
+    absmax = torch.full((400,), 5e-5)
+    absmax[0] = 100
+    assert torch.equal(percentile_factors(absmax), torch.ones(400))
+    assert percentile_factors(absmax * 3)[0] > 1
+    assert torch.equal(percentile_factors(torch.zeros(400)), torch.ones(400))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.5, 1.0])
+def test_migration_is_equation_4(strength: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    absmax, columns = torch.rand(50, generator=generator) * 20, torch.rand(50, generator=generator) * 0.2
+    absmax[4] = columns[9] = 0
+    r = migration_factors(absmax, columns, strength)
+    for j in range(50):
+        wanted = 1.0 if j in (4, 9) else float(absmax[j]) ** strength / float(columns[j]) ** (1 - strength)
+        assert float(r[j]) == pytest.approx(wanted, rel=1e-5), j
+    live = (absmax > 0) & (columns > 0)
+    if strength == 0.5:  # half way: inputs and columns end up equally large
+        assert torch.allclose((absmax / r)[live], (columns * r)[live])
+
+
+def test_smoothing_is_the_identity_on_the_product() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(30, 400, dtype=torch.float64), torch.randn(9, 400, dtype=torch.float64)
+    x[:, 5] *= 80
+    for r in (percentile_factors(x.abs().amax(0)), migration_factors(x.abs().amax(0), w.abs().amax(0), 0.5)):
+        assert r.max() > 1
+        assert torch.allclose((x / r) @ (w * r).T, x @ w.T)
+
+
+@pytest.mark.parametrize("options", [{"top": 0.03}, {"method": "migrate"}, {"method": "migrate", "strength": 0.8}])
+def test_a_llama_block_computes_what_it_did(options: dict[str, Any], view: Callable[[], BlockView]) -> None:
+    block = view()
+    before = block.run()
+    loudest = [float(group.stats.absmax.max()) for group in block.groups]
+    assert Pass(**options).apply(block) == {}
+    assert float((block.run() - before).norm() / before.norm()) < 1e-5
+    changed = {name.removeprefix("model.layers.0.") for name in block.changed}
+    assert {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+    } <= changed
+    assert {"self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight"} <= changed
+    for at in (0, 2):  # the outlier channels of both norms
+        assert float(block.groups[at].stats.absmax.max()) < 0.5 * loudest[at]
+
+
+def test_migration_looks_at_the_largest_reader(view: Callable[[], BlockView]) -> None:
+    block = view()
+    group = block.groups[0]
+    block.linear(group.names[2]).weight[:, 5] *= 100
+    loud = block.linear(group.names[2]).weight[:, 5].abs().max()
+    assert float(Pass(method="migrate").factors(block, group)[5]) == pytest.approx(float(group.stats.absmax[5] / loud) ** 0.5)
+
+
+def test_only_and_skip_choose_the_readers(view: Callable[[], BlockView]) -> None:
+    for options, touched in (
+        ({"only": ["down_proj"]}, {"mlp.up_proj.weight", "mlp.down_proj.weight"}),
+        ({"skip": ["q_proj", "gate_proj", "o_proj"]}, {"mlp.up_proj.weight", "mlp.down_proj.weight"}),
+        ({"only": ["q_proj", "down_proj"], "skip": ["q_proj"]}, {"mlp.up_proj.weight", "mlp.down_proj.weight"}),
+        ({"only": ["nothing"]}, set()),
+    ):
+        block = view()
+        assert Pass(**options).apply(block) == {}
+        assert {name.removeprefix("model.layers.0.") for name in block.changed} == touched, options
+
+
+def test_a_fold_that_would_move_the_output_is_reported_and_the_rest_done(view: Callable[[], BlockView]) -> None:
+    """Here the norm's output also goes where no target reads it."""
+    block = view()
+    inner = block.module("model.layers.0.mlp")
+    plain = type(inner).forward
+    inner.forward = lambda x: plain(inner, x) + x
+    block.__dict__.pop("reference", None)
+    before = block.run()
+    refused = Pass(top=0.03).apply(block)
+    assert list(refused) == ["model.layers.0.mlp.gate_proj"]
+    assert "changes the block's output" in refused["model.layers.0.mlp.gate_proj"]
+    assert float((block.run() - before).norm() / before.norm()) < 1e-5
+    assert "model.layers.0.post_attention_layernorm.weight" not in block.changed
+    assert "model.layers.0.input_layernorm.weight" in block.changed
