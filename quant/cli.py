@@ -79,7 +79,7 @@ def job(
     """Quantize MODEL (a folder, a hub id, or demo:NAME) and write a folder that loads where you serve."""
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     if only_list:
         list_all(console)
         return
@@ -132,7 +132,7 @@ def list_all(console: Any) -> None:
     from quant.recipe import available
 
     for title, rows in (("recipes", available()), ("demo models", {f"demo:{n}": d.description for n, d in DEMOS.items()})):
-        console.print(f"[bold]{title}[/bold]")
+        console.print(title, style="bold")
         for name, text in rows.items():
             console.print(f"  {name:24} {text}")
 

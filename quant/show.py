@@ -29,13 +29,13 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
     rows: dict[tuple[str, ...], int] = {}
     for t in plan.targets.values():
         fmt = " ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in t.format.config().items())
-        bits = f"{t.format.bits_per_weight(t.n, t.k):.3f} bits"
-        key = (pattern_of(t.name), f"[{t.n}, {t.k}]", fmt, t.activation, bits, t.note)
-        rows[key] = rows.get(key, 0) + 1
-    widths = [max(len(key[column]) for key in rows) for column in range(6)]
-    for key, count in rows.items():
-        cells = (text.ljust(width) for text, width in zip(key, widths, strict=True))
-        console.print(f"  {count:3} x " + "  ".join(cells).rstrip(), markup=False)
+        size = f"{t.format.bits_per_weight(t.n, t.k):.3f} bits"
+        row = (pattern_of(t.name), f"[{t.n}, {t.k}]", fmt, t.activation, size, t.note)
+        rows[row] = rows.get(row, 0) + 1
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells, count in rows.items():
+        texts = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
+        console.print(f"  {count:3} x " + "  ".join(texts).rstrip())
     for name, reason in plan.selection.kept.items():
         console.print(f"kept in float: {name}: {reason}")
     for kernel, (count, refusals) in plan.kernels(torch_device(device)).items():
@@ -84,7 +84,7 @@ def command(out: Path, layers: bool, html: Path | None) -> None:
     tensors = index(out)
     path = out / "report.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    console = Console(record=html is not None, soft_wrap=True, highlight=False)
+    console = Console(record=html is not None, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{out}: format version {section['version']}, {len(layers_on_disk(tensors))} packed layers")
     for rule in section["rules"]:
         console.print(f"  {rule['match']}: {rule['format']}, activation {rule['activation']}")
