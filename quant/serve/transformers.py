@@ -44,8 +44,6 @@ class LowbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces linears by empty PackedLinears before transformers reads the tensors."""
 
-    requires_calibration = True
-
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Everything needed is a dependency of this package."""
         if not self.pre_quantized:
@@ -84,6 +82,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.require_valid(name)
+                module.requires_grad_(False)  # transformers has made the float fields trainable
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
