@@ -64,6 +64,8 @@ def test_overrides_reach_keys_passes_and_defaults() -> None:
     assert (dgq.round, dgq.refine) == ("nearest", True)
     assert (smooth.skip, smooth.method) == (("o_proj", "down_proj"), "percentile")
     assert (recipe.calibration.tokens, recipe.calibration.length, recipe.seed) == (99, 512, 7)
+    kept, _ = load_recipe("qoq", ["smooth.strength=0.9"]).build_passes()
+    assert (kept.strength, kept.method, kept.only) == (0.9, "migrate", ("down_proj",))  # one option changes, the rest stay
     assert load_recipe("dgq").seed == 0  # a file read again is untouched
     assert load_recipe("dgq", ["seed=1", "seed=2"]).seed == 2
 

@@ -70,6 +70,7 @@ def adversarial() -> dict[str, Tensor]:
         "huge": noise * 1e30,
         "denormal": noise * 1e-41,
         "one spike per row": torch.zeros(8, 128).index_fill_(1, torch.tensor([77]), -5.0),
+        "all zero": torch.zeros(8, 128),
         "full int8 swing": torch.where(noise > 0, 119.0, -119.0),
     }
 
@@ -84,6 +85,7 @@ def test_all_sixteen_codes_of_every_group_stay_in_int8(kind: str, group: int) ->
     assert reach.min() >= -128
     assert reach.max() <= 127
     assert (codes.params["group_scale"] >= 1).all()
+    assert (codes.params["row_scale"] > 0).all()
     back = fmt.dequantize(codes)
     assert back.isfinite().all()
     row_scale = codes.params["row_scale"].double().view(8, 1, 1)

@@ -93,6 +93,8 @@ def test_refining_lowers_group_losses_and_stays_inside_int8(layer: Any) -> None:
         assert (after <= previous * (1 + 1e-4)).all()
         previous = after
     assert previous.sum() < 0.99 * before.sum()
+    assert (finer != s2).any()
+    assert (moved != zero).any()
 
 
 def test_the_refitted_row_scale_is_the_best_there_is(layer: Any) -> None:
