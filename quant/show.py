@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant.checkpoint import layers_on_disk, read_config
-from quant.models import index
+from quant.models import index, read_json
 from quant.plan import Plan
 
 
@@ -83,7 +83,7 @@ def command(out: Path, layers: bool, html: Path | None) -> None:
     section = read_config(out)["quantization_config"]
     tensors = index(out)
     path = out / "report.json"
-    report: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    report: dict[str, Any] = read_json(path) if path.is_file() else {}
     console = Console(record=html is not None, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{out}: format version {section['version']}, {len(layers_on_disk(tensors))} packed layers")
     for rule in section["rules"]:

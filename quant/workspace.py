@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant.kernels.format import Fields
-from quant.models import Entry, read_header
+from quant.models import Entry, read_header, read_json
 
 
 class Workspace:
@@ -32,8 +32,8 @@ class Workspace:
         self._progress = self.folder / "progress.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._progress.is_file():
-            state = json.loads(self._progress.read_text())
-            if state["identity"] != identity:
+            state = read_json(self._progress)
+            if state.get("identity") != identity:
                 raise ValueError(
                     f"{self.folder} holds an unfinished run with another recipe, model or calibration data; "
                     "finish it with its own command, delete it, or give another -o"
