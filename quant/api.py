@@ -23,7 +23,7 @@ from quant.loading import load
 from quant.models import INDEX
 from quant.plan import Plan, make_plan
 from quant.recipe import load_recipe
-from quant.resources import peak_memory_bytes
+from quant.resources import peak_memory_bytes, usable_device
 from quant.samples import make_samples
 from quant.workspace import Workspace
 
@@ -69,18 +69,6 @@ def require_free(output: Path) -> None:
     parent = next(path for path in output.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{output} cannot be made: {parent} is no folder that you can write to; give another -o")
-
-
-def usable_device(name: str, here: bool = True) -> torch.device:
-    """The torch device called `name`. Raises ValueError when torch knows no such device, or (`here`) this machine has none."""
-    try:
-        device = torch.device(name)
-        if here:
-            torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch uses all three, by backend
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); give cpu, cuda or cuda:N") from error
-    return device
 
 
 def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Listener = lambda done, total, block: None) -> Path:

@@ -98,8 +98,9 @@ def job(
         torch.set_num_threads(threads)
     from transformers.utils import logging
 
-    from quant.api import compile_folder, require_free, usable_device
+    from quant.api import compile_folder, require_free
     from quant.plan import make_plan
+    from quant.resources import usable_device
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the run has a bar of its own

@@ -9,6 +9,7 @@ import torch
 
 from quant.checkpoint import check_layers, read_config
 from quant.models import index, model_class
+from quant.resources import usable_device
 from quant.stacks import disk_names, unfilled
 
 
@@ -25,6 +26,8 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
 
     hook.install()
     folder = Path(path)
+    if device is not None:
+        usable_device(str(device))
     if not folder.is_dir():
         raise ValueError(f"{path} is not a folder; give the folder that quantize wrote")
     config = read_config(folder)

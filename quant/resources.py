@@ -1,4 +1,4 @@
-"""Memory: what this process used at most, and what a plan will use."""
+"""Memory and devices: what this process uses, and whether a device is there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import torch
 
 
 def peak_memory_bytes() -> int:
@@ -22,3 +23,15 @@ def peak_memory_bytes() -> int:
 def memory_bytes() -> int:
     """Resident set of this process now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def usable_device(name: str, here: bool = True) -> torch.device:
+    """The torch device called `name`. Raises ValueError when torch knows no such device, or (`here`) this machine has none."""
+    try:
+        device = torch.device(name)
+        if here:
+            torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch uses all three, by backend
+        reason = " ".join(str(error).split("\n")[0].split())
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); give cpu, cuda or cuda:N") from error
+    return device
