@@ -29,6 +29,11 @@ def make_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
 def text_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
     """Windows of tokens [1, length]."""
     wanted = plan.recipe.calibration
+    room = getattr(plan.model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and wanted.length > room:
+        raise ValueError(
+            f"calibration.length is {wanted.length}, the model has {room} positions; --set calibration.length={room}"
+        )
     corpus = text.documents(wanted.source, "calibration")
     tokenizer = preprocessor(plan, "AutoTokenizer")
     count = max(1, wanted.tokens // wanted.length)
