@@ -79,7 +79,7 @@ def run(model: Path, text: Path, out: Path) -> int:
         (["--set", "seed"], "key=value"),
         (["--set", "seed=[1"], "seed=[1"),
         (["--set", "calibration.tokens=0"], "tokens"),
-        (["--set", "calibration.length=4000"], "too short"),
+        (["--set", "calibration.length=4000"], "256 positions"),
         (["--threads", "0"], "--threads"),
         (["--recip", "rtn"], "--recipe"),
         (["--device", "gpu"], "'gpu'"),

@@ -132,7 +132,7 @@ def test_quiet_prints_nothing(llama: Path, tiny: ModuleType, tmp_path: Path, cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_bug_is_a_traceback(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_a_traceback(llama: Path, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only mistakes of the user are cut down to a line."""
 
     def broken(*args: object) -> None:
@@ -140,6 +140,6 @@ def test_a_bug_is_a_traceback(llama: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("quant.api.run_blocks", broken)
     with pytest.raises(AssertionError, match="21 != 20"):
-        main([str(llama), "--recipe", "rtn", "-o", str(tmp_path / "out")])
+        main([str(llama), "--recipe", "rtn", "-o", str(tmp_path / "out"), *sets(tiny)])
     assert not (tmp_path / "out").exists()
     assert cli.main is main

@@ -83,7 +83,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(
     model: Path, tiny: ModuleType, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     out, draw = tmp_path / "out", random.Random(5)
-    for blocks in (1, 3, 5):
+    for blocks in (1, 3, 4):
         process = start(command(model, out, tiny))
         wait_for(lambda: finished_blocks(out) >= blocks, process)  # noqa: B023
         time.sleep(draw.uniform(0, 0.4))  # a block takes about that long
@@ -92,7 +92,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(
         assert process.returncode == -signal.SIGKILL
         assert not out.exists()
     resumed = finished_blocks(out)
-    assert 5 <= resumed <= LAYERS
+    assert 4 <= resumed <= LAYERS
     assert main(command(model, out, tiny)) == 0
     assert {name: (out / name).read_bytes() for name in FINAL} == undisturbed
     assert json.loads((out / "report.json").read_text())["totals"]["blocks_resumed"] == resumed
