@@ -1,6 +1,7 @@
 """Block-streamed calibration: two chains of hidden states, one block in memory.
 
-The float chain is what the float model sees; the quantized chain is what a block sees behind quantized blocks. A stack's
+The quantized chain is what a block sees behind quantized blocks; the float chain, what the float model sees, is carried
+along where a pass compares the two. A stack's
 inputs are caught by running the model up to the stack's first block; stacks that are done answer with their stored output.
 """
 
@@ -133,20 +134,22 @@ class Recorder:
 
 @torch.no_grad()
 def capture(
-    name: str, block: nn.Module, targets: list[str], float_chain: Chain, quant_chain: Chain, samples: list[Sample]
+    name: str, block: nn.Module, targets: list[str], float_chain: Chain | None, quant_chain: Chain, samples: list[Sample]
 ) -> list[InputGroup]:
-    """Run a float block on both chains and sum the statistics of each linear's input.
+    """Run a float block on the chains and sum the statistics of each linear's input.
 
-    float_chain.hidden is replaced by the block's outputs; quant_chain is left as it is.
+    float_chain.hidden is replaced by the block's outputs; quant_chain is left as it is. Without a float chain there is
+    no drift to sum.
     """
     recorder = Recorder(name, block, targets)
     groups: list[InputGroup] = []
     try:
         for index, sample in enumerate(samples):
-            output = float_chain.run(block, index)
-            inputs_float = dict(recorder.inputs)
+            inputs_float: dict[str, Tensor] = {}
+            if float_chain is not None:
+                float_chain.hidden[index] = float_chain.run(block, index)
+                inputs_float = dict(recorder.inputs)
             quant_chain.run(block, index)
-            float_chain.hidden[index] = output
             if index == 0:
                 for names, maker in recorder.groups():
                     x = recorder.inputs[names[0]]
@@ -155,7 +158,8 @@ def capture(
                 x = recorder.inputs[group.names[0]]
                 mask = sample.masks.get(x.shape[1]) if x.dim() == 3 else None
                 rows = x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
-                group.stats.add(rows, inputs_float[group.names[0]].view_as(rows), mask)
+                there = inputs_float.get(group.names[0])
+                group.stats.add(rows, None if there is None else there.view_as(rows), mask)
     finally:
         recorder.close()
     missing = sorted(set(targets) - {n for g in groups for n in g.names})

@@ -61,6 +61,7 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
     passes, weights = plan.recipe.build_passes(), plan.weights()
     total = sum(len(stack.blocks) for stack in plan.stacks)
     reports = [BlockReport(**r | {"layers": [LayerReport(**x) for x in r["layers"]]}) for r in work.reports]
+    kinds = ["quant", "float"] if any(isinstance(step, Corrector) for step in passes) else ["quant"]
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside)]
     first_block = 0
@@ -68,16 +69,19 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
         last_block = first_block + len(stack.blocks)
         if len(reports) < last_block:
             materialize(plan.model, [n for n in outer if n in plan.disk], "", weights, plan.disk, COMPUTE, device)
-            float_chain = catch(plan.model, plan.stacks, at, samples, [work.final(s, "float") for s in range(at)])
-            quant_chain = catch(plan.model, plan.stacks, at, samples, [work.final(s, "quant") for s in range(at)])
+            chains = {
+                kind: catch(plan.model, plan.stacks, at, samples, [work.final(s, kind) for s in range(at)]) for kind in kinds
+            }
             release(plan.model, outer)
             if len(reports) > first_block:
-                float_chain.hidden, quant_chain.hidden = work.chain("float"), work.chain("quant")
+                for kind, chain in chains.items():
+                    chain.hidden = work.chain(kind)
             for name in stack.blocks[len(reports) - first_block :]:
                 torch.manual_seed(plan.recipe.seed + len(reports))
-                report, fields = run_block(plan, name, float_chain, quant_chain, samples, passes, weights, device)
+                report, fields = run_block(plan, name, chains, samples, passes, weights, device)
                 reports.append(report)
-                work.commit(asdict(report), fields, float_chain.hidden, quant_chain.hidden, name == stack.blocks[-1])
+                hidden = {kind: chain.hidden for kind, chain in chains.items()}
+                work.commit(asdict(report), fields, hidden, name == stack.blocks[-1])
                 listen(len(reports), total, report)
         first_block = last_block
     return reports
@@ -86,14 +90,13 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
 def run_block(
     plan: Plan,
     name: str,
-    float_chain: Chain,
-    quant_chain: Chain,
+    chains: dict[str, Chain],
     samples: list[Sample],
     passes: list[BasePass],
     weights: Weights,
     device: torch.device,
 ) -> tuple[BlockReport, Fields]:
-    """Quantize one block; both chains are moved past it. Returns its report and its tensors by name on disk."""
+    """Quantize one block; its chains are moved past it. Returns its report and its tensors by name on disk."""
     began = time.monotonic()
     block = copy.deepcopy(plan.model.get_submodule(name))
     params = [n for n, _ in block.named_parameters()]
@@ -101,15 +104,11 @@ def run_block(
     targets = {n: t for n, t in plan.targets.items() if n.startswith(f"{name}.")}
 
     running = copy.deepcopy(block).to(COMPUTE)
-    groups = capture(name, running, list(targets), float_chain, quant_chain, samples)
+    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples)
     del running
-    if not all(hidden.isfinite().all() for hidden in float_chain.hidden):
-        raise ValueError(
-            f"the output of {name} on the calibration data holds a NaN or an infinity; check the model and the calibration data"
-        )
 
     view = BlockView(
-        name, block, groups, lambda: run_float32(block, quant_chain), lambda param: weights.dtype(plan.disk[param])
+        name, block, groups, lambda: run_float32(block, chains["quant"]), lambda param: weights.dtype(plan.disk[param])
     )
     refused: dict[str, str] = {}
     for step in passes:
@@ -128,7 +127,11 @@ def run_block(
     for param in sorted(view.changed - {f"{t}.weight" for t in targets}):
         value = view.block.get_parameter(param.removeprefix(f"{name}."))
         fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
-    advance(block.to(COMPUTE), quant_chain)
+    advance(block.to(COMPUTE), chains["quant"])
+    if not all(hidden.isfinite().all() for chain in chains.values() for hidden in chain.hidden):
+        raise ValueError(
+            f"the output of {name} on the calibration data holds a NaN or an infinity; check the model and the calibration data"
+        )
     return BlockReport(name, time.monotonic() - began, layers, refused), fields
 
 

@@ -17,6 +17,16 @@ RATIOS = tuple(1.0 - 0.04 * i for i in range(13))  # 1.00 down to 0.52
 CHUNK = 1 << 17  # weights searched at a time
 
 
+def shrunk(gram: Tensor, amount: float) -> Tensor:
+    """A [K, K] Gram matrix with its off-diagonal scaled by 1 - amount: what calibration text and served text share.
+
+    Correlations between channels are what a method can overfit to a narrow calibration text; their sizes carry over.
+    (A Ledoit-Wolf shrinkage with the diagonal as target.) On SmolLM2-135M it lowers perplexity on both the text that was
+    calibrated on and on other text, where more damping, which also flattens the diagonal, does not.
+    """
+    return gram * (1 - amount) + torch.diag(amount * gram.diagonal())
+
+
 def gram_blocks(gram: Tensor, group: int) -> Tensor:
     """The diagonal blocks of a [K, K] Gram matrix: [K // G, G, G]."""
     count = gram.shape[0] // group

@@ -15,7 +15,7 @@ class InputStats:
     """Sums over calibration tokens, float32 on the device the block ran on.
 
     gram: X^T X of the quantized chain, [K, K]; filled by `finish`.
-    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K].
+    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; zero where no pass asks for it.
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
     tokens: tokens seen, padding excluded.
@@ -31,11 +31,11 @@ class InputStats:
     def empty(cls, k: int, device: torch.device) -> InputStats:
         return cls(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device))
 
-    def add(self, x: Tensor, x_float: Tensor, mask: Tensor | None) -> None:
-        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding."""
+    def add(self, x: Tensor, x_float: Tensor | None, mask: Tensor | None) -> None:
+        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding. x_float None: no drift."""
         for row in range(x.shape[0]):
             keep = slice(None) if mask is None else mask[row]
-            here, there = x[row][keep].float(), x_float[row][keep].float()
+            here = x[row][keep].float()
             if not len(here):
                 continue
             size = here.abs()
@@ -45,8 +45,9 @@ class InputStats:
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)
                 self.gram[columns, start:].addmm_(here[:, columns].T, here[:, start:])
-            # a small difference needs no float32: its own rounding is what a bfloat16 product loses
-            self.drift += (there - here).to(x.dtype).T @ here.to(x.dtype)
+            if x_float is not None:
+                # a small difference needs no float32: its own rounding is what a bfloat16 product loses
+                self.drift += (x_float[row][keep].float() - here).to(x.dtype).T @ here.to(x.dtype)
 
     def finish(self) -> None:
         """Complete the Gram matrix after the last `add`."""

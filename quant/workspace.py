@@ -41,15 +41,13 @@ class Workspace:
             self.reports, self.stacks_done = state["reports"], state["stacks_done"]
         self.identity = identity
 
-    def commit(
-        self, report: dict[str, Any], fields: Fields, float_hidden: list[Tensor], quant_hidden: list[Tensor], stack_ends: bool
-    ) -> None:
-        """Make one finished block permanent."""
+    def commit(self, report: dict[str, Any], fields: Fields, hidden: dict[str, list[Tensor]], stack_ends: bool) -> None:
+        """Make one finished block permanent; hidden: the states behind it, by chain."""
         done = len(self.reports)
         self._save(fields, f"block-{done:05d}.safetensors")
         name = f"final-{self.stacks_done}" if stack_ends else f"chain-{done}"
-        for kind, hidden in (("float", float_hidden), ("quant", quant_hidden)):
-            self._save({f"{i:06d}": tensor.cpu() for i, tensor in enumerate(hidden)}, f"{name}-{kind}.safetensors")
+        for kind, states in hidden.items():
+            self._save({f"{i:06d}": tensor.cpu() for i, tensor in enumerate(states)}, f"{name}-{kind}.safetensors")
         self.reports.append(report)
         self.stacks_done += stack_ends
         state = {"identity": self.identity, "stacks_done": self.stacks_done, "reports": self.reports}

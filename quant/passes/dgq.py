@@ -22,33 +22,35 @@ from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual, factor_steps, largest_step
 from quant.passes.base import Quantizer
 from quant.rounding import gptq_codes
-from quant.search import block_loss, by_rows, gram_blocks, on_grid, search_grid
+from quant.search import block_loss, by_rows, gram_blocks, on_grid, search_grid, shrunk
 from quant.stats import InputStats
 
 ROW_RATIOS = tuple(1.0 - 0.04 * i for i in range(20))  # 1.00 down to 0.24
 
 
 class Pass(Quantizer):
-    """round: nearest or gptq. refine: third search step. refit: closed-form row scale. damp: see gptq."""
+    """round: nearest or gptq. refine: third search step. refit: closed-form row scale. damp, shrink: see gptq."""
 
     round: Literal["nearest", "gptq"] = "gptq"
     refine: bool = True
     refit: bool = True
     damp: float = Field(0.01, gt=0, le=1)
+    shrink: float = Field(0.0, ge=0, le=1)
 
     def refuses(self, fmt: Format) -> str | None:
         return None if isinstance(fmt, Int4Dual) else f"dgq writes int4_dual, not {fmt.name}; use gptq or rtn for int_group"
 
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         assert isinstance(fmt, Int4Dual)
-        blocks = gram_blocks(stats.gram, fmt.group)
+        gram = shrunk(stats.gram, self.shrink)
+        blocks = gram_blocks(gram, fmt.group)
         row_scale, s2, zero = by_rows(lambda rows: self.search(rows, blocks), weight)
         if self.round == "nearest":
             codes = fmt.encode(weight, row_scale, s2, zero).codes
         else:
-            codes = gptq_codes(weight, stats.gram, row_scale.unsqueeze(-1) * s2, zero, 16, damp=self.damp)
+            codes = gptq_codes(weight, gram, row_scale.unsqueeze(-1) * s2, zero, 16, damp=self.damp)
         if self.refit:
-            row_scale = refit_row_scale(weight, stats.gram, fmt, Codes(codes, fmt.params(row_scale, s2, zero)))
+            row_scale = refit_row_scale(weight, gram, fmt, Codes(codes, fmt.params(row_scale, s2, zero)))
         return Codes(codes, fmt.params(row_scale, s2, zero))
 
     def search(self, weight: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:

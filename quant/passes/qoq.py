@@ -9,21 +9,24 @@ the largest step that is safe for all of them.
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual, largest_step
 from quant.passes.base import Quantizer
 from quant.rounding import gptq_codes
+from quant.search import shrunk
 from quant.stats import InputStats
 
 PROTECTIVE_RANGE = 119
 
 
 class Pass(Quantizer):
-    """gptq: choose the 4-bit codes by GPTQ rounding on the progressive grid (QoQ does) instead of to nearest."""
+    """gptq: choose codes by GPTQ rounding on the progressive grid, as QoQ does, else to nearest. shrink: see gptq."""
 
     gptq: bool = True
+    shrink: float = Field(0.0, ge=0, le=1)
 
     def refuses(self, fmt: Format) -> str | None:
         return None if isinstance(fmt, Int4Dual) else f"qoq writes int4_dual, not {fmt.name}"
@@ -33,7 +36,7 @@ class Pass(Quantizer):
         q8, row_scale, s2, zero = progressive_grid(weight, fmt.group)
         params = fmt.params(row_scale, s2, zero)
         if self.gptq:
-            return Codes(gptq_codes(weight, stats.gram, row_scale.unsqueeze(-1) * s2, zero, 16), params)
+            return Codes(gptq_codes(weight, shrunk(stats.gram, self.shrink), row_scale.unsqueeze(-1) * s2, zero, 16), params)
         grouped = q8.view(weight.shape[0], -1, fmt.group)
         codes = (torch.round(grouped / s2.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp_(0, 15)
         return Codes(codes.to(torch.uint8).view(weight.shape), params)
