@@ -143,13 +143,14 @@ def capture(
     """
     recorder = Recorder(name, block, targets)
     groups: list[InputGroup] = []
+    finite = True
     try:
         for index, sample in enumerate(samples):
             inputs_float: dict[str, Tensor] = {}
             if float_chain is not None:
                 float_chain.hidden[index] = float_chain.run(block, index)
                 inputs_float = dict(recorder.inputs)
-            quant_chain.run(block, index)
+            finite &= bool(quant_chain.run(block, index).isfinite().all())
             if index == 0:
                 for names, maker in recorder.groups():
                     x = recorder.inputs[names[0]]
@@ -170,6 +171,10 @@ def capture(
     for group in groups:
         group.stats.finish()
         group.stats.require_finite(group.names)
+    if not finite:
+        raise ValueError(
+            f"the output of {name} on the calibration data holds a NaN or an infinity; check the model and the calibration data"
+        )
     return groups
 
 

@@ -60,7 +60,7 @@ def test_overrides_reach_keys_passes_and_defaults() -> None:
         "dgq", ["format.group=128", "dgq.round=nearest", "smooth.skip=[o_proj, down_proj]", "calibration.tokens=99", "seed=7"]
     )
     assert recipe.base_format() == from_config({"name": "int4_dual", "group": 128})
-    smooth, _, dgq = recipe.build_passes()
+    smooth, dgq = recipe.build_passes()
     assert (dgq.round, dgq.refine) == ("nearest", True)
     assert (smooth.skip, smooth.method) == (("o_proj", "down_proj"), "percentile")
     assert (recipe.calibration.tokens, recipe.calibration.length, recipe.seed) == (99, 512, 7)
