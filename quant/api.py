@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quant import checkpoint
+from quant import checkpoint, forecast
 from quant.card import model_card
 from quant.compile import BlockReport, Listener, run_blocks
 from quant.loading import load
@@ -75,6 +75,7 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     """Run a plan to the end and return `output`. An interrupted run leaves OUTPUT.partial and goes on when called again."""
     require_free(output)
     began = time.monotonic()
+    predicted = forecast.peak_memory_bytes(plan)
     samples, calibration = make_samples(plan, device)
     work = Workspace(output, plan.identity(calibration))
     resumed = len(work.reports)
@@ -92,7 +93,13 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     config["quantization_config"] = plan.config_section()
     (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (final / "recipe.yaml").write_text(plan.recipe.dump(), encoding="utf-8")
-    report = make_report(plan, blocks, calibration, str(device), time.monotonic() - began, resumed)
+    report = make_report(plan, blocks, calibration, str(device))
+    report["totals"] |= {
+        "seconds": time.monotonic() - began,
+        "blocks_resumed": resumed,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "predicted_peak_memory_bytes": predicted,
+    }
     (final / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (final / "README.md").write_text(model_card(plan, report, output.name), encoding="utf-8")
     for path in sorted(plan.source.iterdir()):
@@ -105,9 +112,7 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     return output
 
 
-def make_report(
-    plan: Plan, blocks: list[BlockReport], calibration: str, device: str, seconds: float, resumed: int
-) -> dict[str, Any]:
+def make_report(plan: Plan, blocks: list[BlockReport], calibration: str, device: str) -> dict[str, Any]:
     """report.json: totals, environment, and one entry per layer."""
     import transformers
 
@@ -125,9 +130,6 @@ def make_report(
             "packed_bits_per_weight": 8 * plan.packed_bytes() / plan.packed_weights(),
             "weight_files_bytes": plan.bytes_on_disk(),
             "source_weights_bytes": float_bytes,
-            "seconds": seconds,
-            "blocks_resumed": resumed,
-            "peak_memory_bytes": peak_memory_bytes(),
         },
         "environment": {
             "lowbit": __version__,

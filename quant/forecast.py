@@ -5,7 +5,8 @@ from __future__ import annotations
 from quant.plan import COMPUTE, Plan
 from quant.resources import memory_bytes
 
-LIBRARY_BYTES = 150_000_000  # what torch and transformers map on first use: thread pools, oneDNN kernels, tokenizer
+LIBRARY_BYTES = 100_000_000  # what torch and transformers map on first use: thread pools, oneDNN kernels
+TOKENIZER_BYTES = 2_000  # per entry of the vocabulary, measured on SmolLM2
 
 
 def peak_memory_bytes(plan: Plan) -> int:
@@ -15,16 +16,18 @@ def peak_memory_bytes(plan: Plan) -> int:
     outer = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(inside) and n in plan.disk)
     blocks = [sum(p.numel() for p in model.get_submodule(b).parameters()) for s in plan.stacks for b in s.blocks]
     widest = max(t.k for t in plan.targets.values())
-    inputs: dict[tuple[str, int], int] = {}
-    for t in plan.targets.values():
-        block = next(b for s in plan.stacks for b in s.blocks if t.name.startswith(f"{b}."))
-        inputs[(block, t.k)] = inputs.get((block, t.k), 0) + 1
-    grams = max(sum(k * k * 4 * 2 for (b, k) in inputs if b == block) for s in plan.stacks for block in s.blocks)
+    # layers of one parent with one K read one tensor, or two of that size; each keeps two K x K sums
+    inputs = {(t.name.rpartition(".")[0], t.k) for t in plan.targets.values()}
+    grams = max(
+        sum(k * k * 4 * 2 for parent, k in inputs if f"{parent}.".startswith(f"{b}.")) for s in plan.stacks for b in s.blocks
+    )
     tallest = max(t.n * t.k for t in plan.targets.values())
     hidden = chain_elements(plan) * COMPUTE.itemsize
     # a block in float32 beside its copy in the compute dtype, Gram matrices and their float64 factor, rows being searched
     block_bytes = max(blocks) * (4 + COMPUTE.itemsize) + grams + 4 * widest * widest * 8 + 6 * tallest * 4
-    total: int = memory_bytes() + LIBRARY_BYTES + outer * COMPUTE.itemsize + block_bytes + 3 * hidden
+    # tensors outside the blocks as read, as converted, and as checked for finiteness
+    outside = 3 * outer * COMPUTE.itemsize + int(model.config.vocab_size) * TOKENIZER_BYTES
+    total: int = memory_bytes() + LIBRARY_BYTES + outside + block_bytes + 3 * hidden
     return total
 
 
@@ -33,5 +36,5 @@ def chain_elements(plan: Plan) -> int:
     config, wanted = plan.model.config, plan.recipe.calibration
     width = int(getattr(config, "hidden_size", None) or config.d_model)
     if plan.speech:
-        return 2 * wanted.clips * int(config.max_source_positions) * width
+        return wanted.clips * int(config.max_source_positions) * width  # the decoder's states are few beside these
     return wanted.tokens * width
