@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from quant.eval import harness, loading, perplexity, report, speech
+from quant.resources import peak_memory_bytes
 
 
 def text_part(
@@ -93,7 +94,7 @@ def evaluate(
         device=device,
         weight_bytes=loading.weight_bytes(folder),
         reference_weight_bytes=loading.weight_bytes(against) if against is not None else None,
-        peak_rss_bytes=loading.peak_rss_bytes(),
+        peak_rss_bytes=peak_memory_bytes(),
         seconds=time.perf_counter() - start,
         versions=loading.versions(),
         text=text_result,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 
 Kind = Literal["text", "speech"]
@@ -86,18 +84,6 @@ def sides(out: str, against: str | None, say: Callable[[str], None]) -> tuple[Pa
 def weight_bytes(folder: Path) -> int:
     """Bytes on disk of the safetensors files of `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far.
-
-    Linux keeps `ru_maxrss` across fork and exec, so a child would report its parent's peak; VmHWM belongs to one address space.
-    """
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return int(getattr(psutil.Process().memory_info(), "peak_wset", psutil.Process().memory_info().rss))
 
 
 def quiet() -> None:

@@ -20,6 +20,7 @@ from transformers import AutoProcessor, StoppingCriteria
 
 from quant.eval import loading
 from quant.eval.speech import RATE, Recognizer
+from quant.resources import peak_memory_bytes
 
 PAUSE_S = 0.05  # between turns, for the other side's OpenMP threads to fall asleep
 
@@ -125,7 +126,7 @@ def _serve(pipe: Connection, folder: Path, dtype: str, device: str, threads: int
         while pipe.recv() == "run":
             metrics = measure()
             memory = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
-            pipe.send({"metrics": metrics, "peak_rss_bytes": loading.peak_rss_bytes(), "device_bytes": memory})
+            pipe.send({"metrics": metrics, "peak_rss_bytes": peak_memory_bytes(), "device_bytes": memory})
     except EOFError:
         return
     except ValueError as error:
