@@ -92,34 +92,34 @@ def show(result: Evaluation, console: Console | None = None) -> None:
 
 
 def show_speed(result: SpeedResult, console: Console | None = None) -> None:
-    """Print a speed comparison: medians, quartiles in brackets."""
+    """Print a speed comparison, one column per side: medians, quartiles in brackets; below them the first column's ratio."""
     console = console or Console()
+    sides = [result.model, *result.others]
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    console.print(f"{result.workload}; {result.threads} threads, {result.dtype} on {result.device}; {versions}")
+    console.print(f"{result.workload}; {result.threads} threads on {result.device}; {versions}")
     console.print(f"median [quartiles] of {result.repeats} alternating repeats after {result.warmup} warm-up", markup=False)
-    console.print(f"model {result.model.model}" + (f", against {result.against.model}" if result.against else ""), markup=False)
-    table = _table("", "model", *(["against", "ratio"] if result.against else []))
+    for side in sides:
+        console.print(f"{side.name}: {side.model}, {side.numbers}", markup=False, highlight=False)
+    for name, why in result.absent.items():
+        console.print(f"{name}: not measured, {why}", markup=False, highlight=False)
+    table = _table("", *(side.name for side in sides))
     for name in result.model.metrics:
-        row = [METRICS[name], _spread(result.model.metrics[name])]
-        if result.against is not None and result.ratios is not None:
-            row += [_spread(result.against.metrics[name]), _spread(result.ratios[name])]
-        table.add_row(*row)
+        table.add_row(METRICS[name], *(_spread(side.metrics.get(name)) for side in sides))
+        if result.others:
+            table.add_row("  model / it", "", *(_spread((side.ratios or {}).get(name)) for side in result.others))
+    if any(side.wer is not None for side in sides):
+        table.add_row("WER", *(_pm(side.wer, None, ".2%") for side in sides))
     memory: dict[str, Callable[[Side], int | None]] = {
         "peak RSS": lambda side: side.peak_rss_bytes,
-        "RSS before the model": lambda side: side.bare_rss_bytes,
+        "  above the bare process": lambda side: side.peak_rss_bytes - side.bare_rss_bytes,
         "RSS once loaded": lambda side: side.loaded_rss_bytes,
         "peak device memory": lambda side: side.device_bytes,
-        "safetensors": lambda side: side.weight_bytes,
+        "weights on disk": lambda side: side.weight_bytes,
     }
     for name, read in memory.items():
-        mine = read(result.model)
-        if mine is None:
-            continue
-        row = [name, _mb(mine)]
-        if result.against is not None:
-            other = read(result.against) or 0
-            row += [_mb(other), f"{mine / other:.3g}" if other else ""]
-        table.add_row(*row)
+        sizes = [read(side) for side in sides]
+        if sizes[0] is not None:
+            table.add_row(name, *("" if size is None else _mb(size) for size in sizes))
     console.print(table)
 
 
@@ -207,7 +207,9 @@ def _pm(value: float | None, error: float | None, shape: str) -> str:
     return f"{value:{shape}}" if error is None else f"{value:{shape}} ± {error:{shape.lstrip('+')}}"
 
 
-def _spread(spread: Spread) -> str:
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
     return f"{spread.median:.4g} \\[{spread.q1:.4g}, {spread.q3:.4g}]"  # the backslash keeps rich from reading a style
 
 

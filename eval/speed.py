@@ -1,27 +1,33 @@
 """`quantize bench`: how fast and how large a model runs, beside another one, in one command.
 
-Each side lives in a process of its own, so that its peak memory is its own. The two never run at the same time, and
-measured repeats alternate between them (A B, B A, A B, ...): a machine that slows down slows both. Ratios are taken
-inside each pair; medians with quartiles are printed. OpenMP keeps its default: threads spin for some milliseconds after
+Each side lives in a process of its own, so that its peak memory is its own. No two run at the same time, and
+measured repeats alternate between them (A B, B A, A B, ...): a machine that slows down slows all. Ratios are taken
+inside each turn; medians with quartiles are printed. OpenMP keeps its default: threads spin for some milliseconds after
 their work and then sleep, and a pause between turns outlasts the spinning. (OMP_WAIT_POLICY=passive would make the
 pause needless, but it cost SmolLM2-135M 40 % of its decode speed, and nobody serves that way.)
 
 Text: one prompt of `prompt` random tokens (prefill, time to first token), then `new` greedy tokens, batch 1.
+`--rivals` adds other programs (eval/rivals), which run the float source quantized their own way, in the same turns.
 Speech: clips one by one, features to last token; without clips, 30 s of noise decoded to exactly `new` tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 
-from quant.eval import loading
+from quant.eval import contender, loading
+from quant.eval.contender import Contender
+from quant.eval.rivals.base import FILES, Choice, choices
 from quant.eval.speech import RATE
 from quant.eval.speed_worker import Worker, Workload
+from quant.eval.wer import edits, normalizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,14 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One model. Peak memory covers loading and running; on CUDA `device_bytes` is the allocator's peak, elsewhere None."""
+    """One model. Peak memory covers loading and running; on CUDA `device_bytes` is the allocator's peak, elsewhere None.
 
+    `ratios` are the first side's numbers / this one's, paired by turn, of what both measure; None for the first side.
+    """
+
+    name: str  # "model", "against", or a rival's
     model: str
+    numbers: str  # the number types it computes with
     weight_bytes: int
     load_s: float
     bare_rss_bytes: int  # interpreter and libraries, before the model
@@ -51,11 +62,13 @@ class Side:
     peak_rss_bytes: int
     device_bytes: int | None
     metrics: dict[str, Spread]
+    wer: float | None = None  # of the last turn's transcripts, where the clips have some
+    ratios: dict[str, Spread] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedResult:
-    """Both sides under the same workload; `ratios` are model / against, paired by repeat."""
+    """All sides under the same workload: `model`, then `others`: the float source if there is one, then the rivals."""
 
     workload: str
     threads: int
@@ -65,22 +78,8 @@ class SpeedResult:
     warmup: int
     versions: dict[str, str]
     model: Side
-    against: Side | None = None
-    ratios: dict[str, Spread] | None = None
-
-
-def _summary(worker: Worker) -> Side:
-    """Everything measured so far."""
-    return Side(
-        model=str(worker.folder),
-        weight_bytes=loading.weight_bytes(worker.folder),
-        load_s=worker.loaded["load_s"],
-        bare_rss_bytes=worker.loaded["bare_rss_bytes"],
-        loaded_rss_bytes=worker.loaded["loaded_rss_bytes"],
-        peak_rss_bytes=worker.last["peak_rss_bytes"],
-        device_bytes=worker.last["device_bytes"],
-        metrics={name: Spread.of([r[name] for r in worker.repeats]) for name in worker.repeats[0]},
-    )
+    others: tuple[Side, ...] = ()
+    absent: dict[str, str] = field(default_factory=dict)  # rival -> in one line, why it has no numbers
 
 
 def compare(
@@ -93,25 +92,28 @@ def compare(
     device: str = "cpu",
     repeats: int = 8,
     warmup: int = 2,
+    rivals: Sequence[Choice] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> SpeedResult:
-    """Measure `folder`, and `against` in alternation with it. ValueError for what a side refuses to run."""
+    """Measure `folder`, in alternation with the float model `against` and the `rivals` made from that float model.
+
+    ValueError for what a side refuses to run; a rival that is missing or fails is named in `absent` and the rest goes on.
+    `say` gets one line per step.
+    """
     if min(threads, repeats, work.prompt, work.new) < 1 or warmup < 0:
         raise ValueError("--threads, --repeats, --prompt and --new must be at least 1, --warmup at least 0")
-    workers: list[Worker] = []
-    try:
-        for side in [folder] if against is None else [folder, against]:
-            workers.append(Worker(side, dtype, device, threads, work))
-        for turn in range(warmup + repeats):
-            for worker in workers if turn % 2 == 0 else reversed(workers):
-                worker.repeat(keep=turn >= warmup)
-        sides = [_summary(worker) for worker in workers]
-        ratios = None
-        if against is not None:
-            mine, other = (worker.repeats for worker in workers)
-            ratios = {name: Spread.of([a[name] / b[name] for a, b in zip(mine, other, strict=True)]) for name in mine[0]}
-    finally:
-        for worker in workers:
-            worker.close()
+    sides = [contender.ours("model", folder, dtype, device)]
+    if against is not None:
+        sides.append(contender.ours("against", against, dtype, device))
+    absent: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="lowbit-rivals-") as scratch:
+        if rivals:
+            if against is None or loading.is_ours(against):
+                raise ValueError(f"rivals are made from a float model, which {against} is not; name it with --against")
+            made, absent = contender.rivals(rivals, against, Path(scratch), threads, say)
+            sides += made
+        workers, failed = take_turns(sides, work, threads, device, warmup, repeats)
+    ran = [summary(side, workers[side.name], workers["model"], work, folder) for side in sides if side.name in workers]
     return SpeedResult(
         workload=describe(work, loading.kind(folder)),
         threads=threads,
@@ -120,10 +122,73 @@ def compare(
         repeats=repeats,
         warmup=warmup,
         versions=loading.versions(),
-        model=sides[0],
-        against=sides[1] if against is not None else None,
-        ratios=ratios,
+        model=ran[0],
+        others=tuple(ran[1:]),
+        absent=absent | failed,
     )
+
+
+def take_turns(
+    sides: Sequence[Contender], work: Workload, threads: int, device: str, warmup: int, repeats: int
+) -> tuple[dict[str, Worker], dict[str, str]]:
+    """The workers of the sides that ran to the end, closed; rival -> in one line, why it did not."""
+    workers: dict[str, Worker] = {}
+    failed: dict[str, str] = {}
+    excused = {side.name for side in sides if side.rival}
+    try:
+        for side in sides:
+            try:
+                workers[side.name] = Worker(side.name, side.load, device, threads, work)
+            except (ValueError, RuntimeError) as error:
+                if side.name not in excused:
+                    raise
+                failed[side.name] = str(error)
+        for turn in range(warmup + repeats):
+            for name in list(workers)[:: 1 if turn % 2 == 0 else -1]:
+                try:
+                    workers[name].repeat(keep=turn >= warmup)
+                except (ValueError, RuntimeError) as error:
+                    if name not in excused:
+                        raise
+                    failed[name] = str(error)
+                    workers.pop(name).close()
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return workers, failed
+
+
+def summary(side: Contender, worker: Worker, first: Worker, work: Workload, folder: Path) -> Side:
+    """Everything measured of one side, with ratios to the `first` of what both measure."""
+    names = worker.repeats[0]
+    pairs = list(zip(first.repeats, worker.repeats, strict=True))
+    ratios = {name: Spread.of([mine[name] / its[name] for mine, its in pairs]) for name in names if name in first.repeats[0]}
+    return Side(
+        name=side.name,
+        model=side.model,
+        numbers=side.numbers,
+        weight_bytes=side.weight_bytes,
+        load_s=worker.loaded["load_s"],
+        bare_rss_bytes=worker.loaded["bare_rss_bytes"],
+        loaded_rss_bytes=worker.loaded["loaded_rss_bytes"],
+        peak_rss_bytes=worker.last["peak_rss_bytes"],
+        device_bytes=worker.last["device_bytes"],
+        metrics={name: Spread.of([repeat[name] for repeat in worker.repeats]) for name in names},
+        wer=word_error_rate(work, worker.last["repeat"].texts, folder),
+        ratios=None if worker is first else ratios,
+    )
+
+
+def word_error_rate(work: Workload, heard: Sequence[str], folder: Path) -> float | None:
+    """Of the clips that have a transcript, after Whisper's normalization; None without such clips."""
+    if not any(work.transcripts):
+        return None
+    from transformers import AutoProcessor
+
+    normalize, _ = normalizer(AutoProcessor.from_pretrained(folder), work.language, folder)
+    pairs = [(text, said) for text, said in zip(work.transcripts, heard, strict=True) if text is not None]
+    counts = [edits(normalize(text).strip(), normalize(said).strip()) for text, said in pairs]
+    return sum(count.errors for count in counts) / sum(count.words for count in counts)
 
 
 def describe(work: Workload, kind: loading.Kind) -> str:
@@ -138,6 +203,7 @@ def describe(work: Workload, kind: loading.Kind) -> str:
 @click.command("bench")
 @click.argument("out")
 @click.option("--against", help="The model to compare with; default: the float source recorded in OUT.")
+@click.option("--rivals", default="", metavar="NAME[:VARIANT],...", help=f"Measure in the same turns: {', '.join(FILES)}.")
 @click.option("--threads", type=int, default=torch.get_num_threads, show_default="physical cores")
 @click.option("--prompt", type=int, default=512, show_default=True, help="Prompt length in tokens.")
 @click.option("--new", type=int, default=64, show_default=True, help="Tokens to decode.")
@@ -152,6 +218,7 @@ def describe(work: Workload, kind: loading.Kind) -> str:
 def command(
     out: str,
     against: str | None,
+    rivals: str,
     threads: int,
     prompt: int,
     new: int,
@@ -164,18 +231,30 @@ def command(
     device: str,
     json_path: Path | None,
 ) -> None:
-    """Tokens/s, time to first token, real-time factor and peak memory of OUT, beside its float source."""
+    """Tokens/s, time to first token, real-time factor and peak memory of OUT, beside its float source and rivals."""
     from quant.eval import report
 
+    chosen = choices(rivals)
     loading.quiet()
     folder, other = loading.sides(out, against, click.echo)
-    clips: tuple[np.ndarray, ...] = ()
+    work = Workload(prompt=prompt, new=new, language=language)
     if audio is not None:
         from quant.audio import clips as read
 
-        clips = tuple(np.asarray(clip.samples, dtype=np.float32) for clip in read(audio, limit))
-    work = Workload(prompt=prompt, new=new, clips=clips, language=language)
-    result = compare(folder, other, work, threads=threads, dtype=dtype, device=device, repeats=repeats, warmup=warmup)
+        found = read(audio, limit)
+        work = replace(work, clips=tuple(clip.samples for clip in found), transcripts=tuple(clip.text for clip in found))
+    result = compare(
+        folder,
+        other,
+        work,
+        threads=threads,
+        dtype=dtype,
+        device=device,
+        repeats=repeats,
+        warmup=warmup,
+        rivals=chosen,
+        say=lambda line: click.echo(line, err=True),
+    )
     report.show_speed(result)
     if json_path is not None:
         report.write_json(result, json_path)

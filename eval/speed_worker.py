@@ -22,9 +22,19 @@ from quant.eval import loading
 from quant.eval.speech import RATE, Recognizer
 from quant.resources import peak_memory_bytes
 
-PAUSE_S = 0.05  # between turns, for the other side's OpenMP threads to fall asleep
+PAUSE_S = 0.25  # between turns, for the other side's threads to fall asleep: GNU's spin some ms, Intel's OpenMP 200 ms
 
-Measure = Callable[[], dict[str, float]]
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """What one pass over the workload gave: numbers by name, and what was said (ids of text, transcripts of speech)."""
+
+    metrics: dict[str, float]
+    ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+Measure = Callable[[], Repeat]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +44,37 @@ class Workload:
     prompt: int = 512
     new: int = 64
     clips: tuple[np.ndarray, ...] = ()
+    transcripts: tuple[str | None, ...] = ()  # of the clips
     language: str = "en"
     seed: int = 0
 
 
+Loader = Callable[[Workload], Measure]  # run in the process of the side; pickled, so a partial of a module's function
+
+
 @torch.inference_mode()
-def text_repeat(model: Any, ids: torch.Tensor, new: int) -> dict[str, float]:
+def text_repeat(model: Any, ids: torch.Tensor, new: int) -> Repeat:
     """Prefill `ids` [1, prompt] and decode `new` greedy tokens with the model's own cache; tokens/s and ms."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     start = _now(ids.device)
     out = model(input_ids=ids, use_cache=True, **last)
     token = out.logits[:, -1:].argmax(-1)  # [1, 1]
-    first = _now(ids.device)
+    first, said = _now(ids.device), [token]
     for _ in range(new):
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
+        said.append(token)
     end = _now(ids.device)
+    metrics = text_metrics(ids.shape[1], new, first - start, end - first)
+    return Repeat(metrics=metrics, ids=tuple(torch.cat(said, 1)[0].tolist()))
+
+
+def text_metrics(prompt: int, new: int, prefill_s: float, decode_s: float) -> dict[str, float]:
+    """What is reported of `prompt` tokens read and one predicted in `prefill_s`, then `new` tokens in `decode_s`."""
     return {
-        "prefill_tokens_per_s": ids.shape[1] / (first - start),
-        "first_token_ms": (first - start) * 1e3,
-        "decode_tokens_per_s": new / (end - first),
+        "prefill_tokens_per_s": prompt / prefill_s,
+        "first_token_ms": prefill_s * 1e3,
+        "decode_tokens_per_s": new / decode_s,
     }
 
 
@@ -70,11 +91,12 @@ class FirstToken(StoppingCriteria):  # type: ignore[misc]  # transformers is unt
 
 
 @torch.inference_mode()
-def speech_repeat(recognizer: Recognizer, clips: tuple[np.ndarray, ...], exactly: int | None) -> dict[str, float]:
+def speech_repeat(recognizer: Recognizer, clips: tuple[np.ndarray, ...], exactly: int | None) -> Repeat:
     """Transcribe every clip once, `exactly` so many tokens each if given; real-time factor, ms to the first token, tokens/s."""
     limits = {"min_new_tokens": exactly, "max_new_tokens": exactly} if exactly else {}
     first_s = decode_s = 0.0
     decoded = 0  # tokens after the first
+    texts = []
     for samples in clips:
         watch = FirstToken()
         start = _now(recognizer.device)
@@ -83,11 +105,18 @@ def speech_repeat(recognizer: Recognizer, clips: tuple[np.ndarray, ...], exactly
         assert watch.at is not None, "generate made no token"
         first_s, decode_s = first_s + watch.at - start, decode_s + end - watch.at
         decoded += len(ids) - recognizer.prompt_length(ids) - 1
-    return {
+        texts.append(recognizer.text(ids))
+    metrics = {
         "rtf": (first_s + decode_s) * RATE / sum(len(samples) for samples in clips),
         "first_token_ms": first_s / len(clips) * 1e3,
         "decode_tokens_per_s": decoded / decode_s,
     }
+    return Repeat(metrics=metrics, texts=tuple(texts))
+
+
+def prompt_ids(vocabulary: int, work: Workload) -> torch.Tensor:
+    """The prompt [1, work.prompt] every side reads: random ids below `vocabulary`."""
+    return torch.randint(0, vocabulary, (1, work.prompt), generator=torch.Generator().manual_seed(work.seed))
 
 
 def _now(device: torch.device) -> float:
@@ -96,8 +125,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _measure(folder: Path, dtype: str, device: str, work: Workload) -> Measure:
-    """Load the model and bind it to the workload."""
+def open_model(folder: Path, dtype: str, device: str, work: Workload) -> Measure:
+    """Load the transformers or packed model of `folder` and bind it to the workload."""
     model = loading.load(folder, loading.DTYPES[dtype], device)
     if loading.kind(folder) == "speech":
         recognizer = Recognizer(model, AutoProcessor.from_pretrained(folder), work.language)
@@ -108,25 +137,24 @@ def _measure(folder: Path, dtype: str, device: str, work: Workload) -> Measure:
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and work.prompt + work.new > room:
         raise ValueError(f"--prompt {work.prompt} and --new {work.new} exceed the model's {room} positions: lower one of them")
-    generator = torch.Generator().manual_seed(work.seed)
-    ids = torch.randint(0, model.config.vocab_size, (1, work.prompt), generator=generator).to(device)
+    ids = prompt_ids(model.config.vocab_size, work).to(device)
     return lambda: text_repeat(model, ids, work.new)
 
 
-def _serve(pipe: Connection, folder: Path, dtype: str, device: str, threads: int, work: Workload) -> None:
+def _serve(pipe: Connection, load: Loader, device: str, threads: int, work: Workload) -> None:
     """A worker's life: load, report, then one repeat per message until the pipe closes."""
     torch.set_num_threads(threads)
     loading.quiet()
     bare = psutil.Process().memory_info().rss
     try:
         start = time.perf_counter()
-        measure = _measure(folder, dtype, device, work)
+        measure = load(work)
         load_s = time.perf_counter() - start
         pipe.send({"load_s": load_s, "bare_rss_bytes": bare, "loaded_rss_bytes": psutil.Process().memory_info().rss})
         while pipe.recv() == "run":
-            metrics = measure()
+            done = measure()
             memory = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
-            pipe.send({"metrics": metrics, "peak_rss_bytes": peak_memory_bytes(), "device_bytes": memory})
+            pipe.send({"repeat": done, "peak_rss_bytes": peak_memory_bytes(), "device_bytes": memory})
     except EOFError:
         return
     except ValueError as error:
@@ -134,13 +162,13 @@ def _serve(pipe: Connection, folder: Path, dtype: str, device: str, threads: int
 
 
 class Worker:
-    """A model in its own process; `repeat()` runs the workload once there."""
+    """A model in its own process, where `load` opens it; `repeat()` runs the workload once there."""
 
-    def __init__(self, folder: Path, dtype: str, device: str, threads: int, work: Workload) -> None:
-        self.folder = folder
+    def __init__(self, name: str, load: Loader, device: str, threads: int, work: Workload) -> None:
+        self.name = name
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, folder, dtype, device, threads, work), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(theirs, load, device, threads, work), daemon=True)
         settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}
         with _environment(settings):  # read once, when OpenMP is loaded
             self._process.start()
@@ -154,7 +182,7 @@ class Worker:
             message: dict[str, Any] = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f"the process that measures {self.folder} ended with code {self._process.exitcode}") from None
+            raise RuntimeError(f"the process that measures {self.name} ended with code {self._process.exitcode}") from None
         if "refused" in message:
             raise ValueError(message["refused"])
         return message
@@ -165,7 +193,7 @@ class Worker:
         self._pipe.send("run")
         self.last = self._receive()
         if keep:
-            self.repeats.append(self.last["metrics"])
+            self.repeats.append(self.last["repeat"].metrics)
 
     def close(self) -> None:
         """Ends the process."""
