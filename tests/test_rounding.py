@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.rounding import BLOCK, gptq_codes, inverse_factor
+from quant.rounding import BLOCK, descend, gptq_codes, inverse_factor
 
 N, K, GROUP = 9, BLOCK + 72, 20
 
@@ -83,3 +83,33 @@ def test_singular_gram_matrices_are_damped() -> None:
 def test_a_gram_matrix_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="calibrate on more tokens"):
         inverse_factor(torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 0.01)  # eigenvalues 6 and -4
+
+
+def row_loss(w: Tensor, gram: Tensor, codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    s, z = (t.repeat_interleave(GROUP, 1).double() for t in (step, zero))
+    d = w.double() - (codes.double() - z) * s
+    return ((d @ gram.double()) * d).sum(1)
+
+
+def test_descent_never_loses_and_ends_where_no_single_code_can_gain() -> None:
+    w, gram, step, zero = problem()
+    start = gptq_codes(w, gram, step, zero, 8)
+    losses = [row_loss(w, gram, start, step, zero)]
+    for sweeps in (1, 3, 50):
+        codes = descend(w, gram, start, step, zero, 8, sweeps)
+        losses.append(row_loss(w, gram, codes, step, zero))
+        assert (losses[-1] <= losses[-2] * (1 + 1e-6)).all()
+    assert losses[2].sum() < 0.97 * losses[0].sum()
+    for j in range(0, K, 7):
+        for move in (-1, 1):
+            moved = codes.clone().int()
+            moved[:, j] = (moved[:, j] + move).clamp(0, 7)
+            assert (row_loss(w, gram, moved, step, zero) >= losses[-1] * (1 - 1e-5)).all()
+
+
+def test_no_sweeps_and_channels_without_energy_change_nothing() -> None:
+    w, gram, step, zero = problem()
+    gram[5], gram[:, 5] = 0, 0
+    start = nearest(w, step, zero)
+    assert torch.equal(descend(w, gram, start, step, zero, 8, 0), start)
+    assert torch.equal(descend(w, gram, start, step, zero, 8, 3)[:, 5], start[:, 5])

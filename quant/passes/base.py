@@ -12,10 +12,12 @@ import pkgutil
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from quant.kernels.format import Codes, Format
+from quant.rounding import descend, gptq_codes
+from quant.search import shrunk
 from quant.stats import InputStats
 
 if TYPE_CHECKING:
@@ -54,6 +56,28 @@ class Quantizer(BasePass, ABC):
     @abstractmethod
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         """weight float32 [N, K] -> Codes of `fmt`."""
+
+
+class GridRounder(Quantizer, ABC):
+    """A quantizer that chooses a grid first and then rounds to it by GPTQ and coordinate descent.
+
+    act_order: visit input channels by falling energy. damp: share of the mean Gram diagonal. shrink: 0 to 1, see
+    `search.shrunk`. sweeps: of coordinate descent after GPTQ. Published GPTQ is act_order with shrink = sweeps = 0.
+    """
+
+    act_order: bool = True
+    damp: float = Field(0.01, gt=0, le=1)
+    shrink: float = Field(0.0, ge=0, le=1)
+    sweeps: int = Field(3, ge=0, le=100)
+
+    def gram(self, stats: InputStats) -> Tensor:
+        """The Gram matrix [K, K] that errors are measured with."""
+        return shrunk(stats.gram, self.shrink)
+
+    def codes(self, weight: Tensor, gram: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
+        """uint8 codes [N, K] on a grid of step and zero [N, K // G]. Raises ValueError where `gram` cannot be factored."""
+        codes = gptq_codes(weight, gram, step, zero, levels, act_order=self.act_order, damp=self.damp)
+        return descend(weight, gram, codes, step, zero, levels, self.sweeps)
 
 
 def names() -> list[str]:

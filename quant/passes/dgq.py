@@ -6,8 +6,8 @@ Two-phase search (Dual Grained Quantization, Zhang et al., 2023, in the form of 
    which all 16 codes stay inside int8.
 What differs from the paper: the loss is d^T H_gg d over all tokens instead of an output error on the last sample; 0 is
 forced into each range; overflow is excluded by bounding s2 for all 16 codes instead of clamping the codes used; a third
-step re-chooses each group's (s2, z) around phase 2's answer; codes may be rounded by GPTQ on the dual grid; and the row
-scale is refitted to the final codes in closed form.
+step re-chooses each group's (s2, z) around phase 2's answer; codes may be rounded on the dual grid by GPTQ and coordinate
+descent; and the row scale is refitted to the final codes in closed form.
 """
 
 from __future__ import annotations
@@ -15,40 +15,36 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual, factor_steps, largest_step
-from quant.passes.base import Quantizer
-from quant.rounding import gptq_codes
-from quant.search import block_loss, by_rows, gram_blocks, on_grid, search_grid, shrunk
+from quant.passes.base import GridRounder
+from quant.search import block_loss, by_rows, gram_blocks, on_grid, search_grid
 from quant.stats import InputStats
 
 ROW_RATIOS = tuple(1.0 - 0.04 * i for i in range(20))  # 1.00 down to 0.24
 
 
-class Pass(Quantizer):
-    """round: nearest or gptq. refine: third search step. refit: closed-form row scale. damp, shrink: see gptq."""
+class Pass(GridRounder):
+    """round: nearest or gptq. refine: third search step. refit: closed-form row scale."""
 
     round: Literal["nearest", "gptq"] = "gptq"
     refine: bool = True
     refit: bool = True
-    damp: float = Field(0.01, gt=0, le=1)
-    shrink: float = Field(0.0, ge=0, le=1)
 
     def refuses(self, fmt: Format) -> str | None:
         return None if isinstance(fmt, Int4Dual) else f"dgq writes int4_dual, not {fmt.name}; use gptq or rtn for int_group"
 
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         assert isinstance(fmt, Int4Dual)
-        gram = shrunk(stats.gram, self.shrink)
+        gram = self.gram(stats)
         blocks = gram_blocks(gram, fmt.group)
         row_scale, s2, zero = by_rows(lambda rows: self.search(rows, blocks), weight)
         if self.round == "nearest":
             codes = fmt.encode(weight, row_scale, s2, zero).codes
         else:
-            codes = gptq_codes(weight, gram, row_scale.unsqueeze(-1) * s2, zero, 16, damp=self.damp)
+            codes = self.codes(weight, gram, row_scale.unsqueeze(-1) * s2, zero, 16)
         if self.refit:
             row_scale = refit_row_scale(weight, gram, fmt, Codes(codes, fmt.params(row_scale, s2, zero)))
         return Codes(codes, fmt.params(row_scale, s2, zero))
