@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from quant.eval.rivals.base import Rival
+from quant.eval.speech import RATE
 from quant.eval.speed_worker import Repeat, Workload
 
-RATE = 16_000
+NEEDS_CLIPS = "it cannot be held to a count of tokens, so it is measured on clips only: give --audio"
 
 
 class CTranslate2(Rival):
@@ -27,7 +28,8 @@ class CTranslate2(Rival):
     def convert(self, source: Path, variant: str, out: Path) -> int:
         from ctranslate2.converters import TransformersConverter
 
-        TransformersConverter(str(source), copy_files=["tokenizer.json"]).convert(str(out), quantization=variant, force=True)
+        converter = TransformersConverter(str(source), copy_files=["tokenizer.json", "preprocessor_config.json"])
+        converter.convert(str(out), quantization=variant, force=True)
         return (out / "model.bin").stat().st_size
 
     def open(self, source: Path, made: Path, variant: str, work: Workload, threads: int) -> Callable[[], Repeat]:
@@ -35,7 +37,7 @@ class CTranslate2(Rival):
         from transformers import AutoProcessor, GenerationConfig
 
         if not work.clips:
-            raise ValueError("CTranslate2 cannot be held to a count of tokens, so it is measured on clips only: give --audio")
+            raise ValueError(NEEDS_CLIPS)
         rules = GenerationConfig.from_pretrained(source)
         processor = AutoProcessor.from_pretrained(source)
         model = ctranslate2.models.Whisper(str(made), compute_type=variant, intra_threads=threads, inter_threads=1)
