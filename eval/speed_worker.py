@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -141,12 +141,13 @@ def open_model(folder: Path, dtype: str, device: str, work: Workload) -> Measure
     return lambda: text_repeat(model, ids, work.new)
 
 
-def _serve(pipe: Connection, load: Loader, device: str, threads: int, work: Workload) -> None:
-    """A worker's life: load, report, then one repeat per message until the pipe closes."""
+def _serve(pipe: Connection, load: Loader, device: str, threads: int) -> None:
+    """A worker's life: get the workload, load, report, then one repeat per message until the pipe closes."""
     torch.set_num_threads(threads)
     loading.quiet()
     bare = psutil.Process().memory_info().rss
     try:
+        work = pipe.recv()
         start = time.perf_counter()
         measure = load(work)
         load_s = time.perf_counter() - start
@@ -168,11 +169,14 @@ class Worker:
         self.name = name
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, load, device, threads, work), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(theirs, load, device, threads), daemon=True)
         settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}
         with _environment(settings):  # read once, when OpenMP is loaded
             self._process.start()
         theirs.close()
+        # not among the arguments: megabytes of clips would block for ever on a process that dies before it reads them
+        with suppress(OSError):
+            self._pipe.send(work)
         self.repeats: list[dict[str, float]] = []
         self.loaded = self._receive()
         self.last: dict[str, Any] = {}
