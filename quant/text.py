@@ -1,8 +1,8 @@
 """Text to calibrate on and to measure on, and its windows of tokens.
 
-Without a source the text is the Python manual inside the standard library: 460 kB of English and code that needs no network.
-A paragraph that several topics share is kept in the longest of them only, then topics are split by a hash of their name into
-about 70 % for calibration and 30 % for evaluation, so nothing is measured on text that was calibrated on.
+Without a source the text is `wikipedia` (a hundred articles, fetched once) and `manual` (the Python manual inside the standard
+library: 460 kB of English and code that needs no network); either can be asked for alone. Both are split by topic, by a hash
+of its name, into about 70 % for calibration and 30 % for evaluation, so nothing is measured on text that was calibrated on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from quant import wikipedia
 from quant.models import from_hub
 
 Split = Literal["calibration", "evaluation"]
@@ -38,7 +40,8 @@ HUB_SOURCES: dict[str, tuple[str, dict[Split, str], str]] = {  # name -> hub rep
         "json",
     ),
 }
-DATASETS = tuple(HUB_SOURCES)
+DATASETS = ("wikipedia", "manual", *HUB_SOURCES)
+PASSAGE = 4000  # characters, about: passages of the built-in texts are mixed, so that the first windows hold some of each
 C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # from the start of the shard
 
 
@@ -59,13 +62,15 @@ class Windows:
 
 
 def documents(source: str | None, split: Split) -> Corpus:
-    """The text of `source`: None (Python manual), wikitext2, c4, a .txt or .jsonl file, or a folder of such files.
+    """The text of `source`: None (wikipedia and manual), a name of DATASETS, a .txt or .jsonl file, or a folder of such files.
 
     A file or folder has no split of its own: both splits are all of it. Raises ValueError (one line) when the source is
-    missing, empty, not text, a .jsonl row is bad (with its line number), or the hub cannot be reached.
+    missing, empty, not text, a .jsonl row is bad (with its line number), or an index or hub cannot be reached.
     """
     if source is None:
-        return Corpus(f"Python {platform.python_version()} manual (pydoc_data.topics), {split} part", _manual(split))
+        both = [documents(name, split) for name in ("wikipedia", "manual")]
+        mixed = sorted((text for corpus in both for text in corpus.documents), key=_unit)
+        return Corpus(" and ".join(corpus.name for corpus in both), tuple(mixed))
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl") and file.is_file())
@@ -74,7 +79,17 @@ def documents(source: str | None, split: Split) -> Corpus:
         return Corpus(source, tuple(text for file in files for text in _read(file)))
     if path.is_file():
         return Corpus(source, tuple(_read(path)))
-    if source in DATASETS:
+    if source == "manual":
+        return Corpus(f"Python {platform.python_version()} manual, {split} part", _passages(_manual(), split))
+    if source == "wikipedia":
+        try:
+            found = wikipedia.articles()
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; or give --calib manual (for evaluation --text manual), which needs no network"
+            ) from None
+        return Corpus(f"Wikipedia sample, {split} part", _passages(found, split))
+    if source in HUB_SOURCES:
         return Corpus(f"{source}, {split} part", _from_hub(source, split))
     raise ValueError(f"{source} does not exist; give a .txt or .jsonl file, a folder of them, or {' or '.join(DATASETS)}")
 
@@ -97,8 +112,8 @@ def windows(tokenizer: Any, corpus: Corpus, length: int, count: int | None, seed
     return Windows(tokens[:count].clone(), len(ids))
 
 
-def _manual(split: Split) -> tuple[str, ...]:
-    """Topics of the Python manual that belong to `split`, in alphabetical order."""
+def _manual() -> dict[str, str]:
+    """Topics of the Python manual. A paragraph that several topics share is kept in the longest of them only."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -111,9 +126,23 @@ def _manual(split: Split) -> tuple[str, ...]:
                 seen.add(key)
                 fresh.append(paragraph)
         kept[topic] = SEPARATOR.join(fresh)
-    return tuple(
-        kept[topic] for topic in sorted(kept) if kept[topic] and (_unit(topic) < CALIBRATION_SHARE) == (split == "calibration")
-    )
+    return kept
+
+
+def _passages(topics: Mapping[str, str], split: Split) -> tuple[str, ...]:
+    """The topics that belong to `split` in pieces of whole paragraphs, in an order that mixes topics and never changes."""
+    pieces = []
+    for topic, text in topics.items():
+        if (_unit(topic) < CALIBRATION_SHARE) != (split == "calibration"):
+            continue
+        piece: list[str] = []
+        for paragraph in text.split(SEPARATOR):
+            piece.append(paragraph)
+            if sum(map(len, piece)) >= PASSAGE:
+                pieces.append(SEPARATOR.join(piece))
+                piece = []
+        pieces.append(SEPARATOR.join(piece))
+    return tuple(sorted(filter(None, pieces), key=_unit))
 
 
 def _unit(name: str) -> float:

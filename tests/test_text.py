@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from quant import text
+from quant import text, wikipedia
 from quant.text import Corpus, documents, windows
 
 
@@ -36,22 +38,56 @@ def refusal(source: str) -> str:
     return str(caught.value)
 
 
-def test_built_in_splits_share_no_paragraph() -> None:
-    calibration, evaluation = documents(None, "calibration"), documents(None, "evaluation")
+def test_the_splits_of_the_manual_share_no_paragraph() -> None:
+    calibration, evaluation = documents("manual", "calibration"), documents("manual", "evaluation")
     assert not paragraphs(calibration) & paragraphs(evaluation)
     assert calibration.name != evaluation.name
-    assert "manual" in calibration.name
 
 
-def test_built_in_splits_cover_the_manual_in_the_stated_shares() -> None:
+def test_the_splits_cover_the_manual_in_the_stated_shares() -> None:
     from pydoc_data.topics import topics
 
-    both = [sum(map(len, documents(None, split).documents)) for split in ("calibration", "evaluation")]
+    both = [sum(map(len, documents("manual", split).documents)) for split in ("calibration", "evaluation")]
     assert 0.55 < both[0] / sum(both) < 0.85
     everything = {" ".join(part.split()) for topic in topics.values() for part in topic.strip().split("\n\n")} - {""}
-    kept = paragraphs(documents(None, "calibration")) | paragraphs(documents(None, "evaluation"))
+    kept = paragraphs(documents("manual", "calibration")) | paragraphs(documents("manual", "evaluation"))
     assert kept == everything
-    assert documents(None, "evaluation") == documents(None, "evaluation")
+    assert documents("manual", "evaluation") == documents("manual", "evaluation")
+
+
+def test_the_default_mixes_articles_and_manual_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = {f"title {i}": "\n\n".join([f"article {i} " + "word " * 300] * 40) for i in range(20)}
+    monkeypatch.setattr(wikipedia, "articles", lambda: titles)
+    calibration, evaluation = documents(None, "calibration"), documents(None, "evaluation")
+    assert {d for d in calibration.documents if d.startswith("article")}.isdisjoint(evaluation.documents)
+    first = [d.startswith("article") for d in calibration.documents[:12]]
+    assert any(first)
+    assert not all(first)
+    assert set(documents("manual", "calibration").documents) < set(calibration.documents)
+
+
+def test_articles_are_prose_from_the_kept_slice_and_an_altered_slice_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prose = "A '''low-bit''' [[number|integer]] takes few bits.<ref>A. B.</ref> It is packed with others into a word of memory."
+    source = f"{{{{Infobox}}}}\n== Heading ==\n{prose}\n* a list entry. short\n"
+    pages = f"<page><title>Bits</title><revision><text>{source.replace('<', '&lt;')}</text></revision></page>"
+    pages += "<page><title>Bit</title><revision><text>#REDIRECT [[Bits]]</text></revision></page>"
+    data = bz2.compress(f"<mediawiki xmlns='http://x/'>{pages}</mediawiki>".encode())
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(wikipedia, "SHA256", hashlib.sha256(data).hexdigest())
+    kept = tmp_path / "texts" / "wikipedia.xml.bz2"
+    kept.parent.mkdir()
+    kept.write_bytes(data)
+    assert wikipedia.articles() == {"Bits": "A low-bit integer takes few bits. It is packed with others into a word of memory."}
+
+    def offline(*_: object) -> Path:
+        raise ValueError("pip could not download gensim")
+
+    monkeypatch.setattr(wikipedia, "download", offline)
+    kept.write_bytes(data[:-1])
+    assert "--calib manual" in refusal("wikipedia")
+    assert not kept.exists()
 
 
 def test_sources(tmp_path: Path) -> None:
