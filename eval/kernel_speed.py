@@ -4,8 +4,9 @@ Rivals: `torch int4` (aten::_weight_int4pack_mm_for_cpu, bfloat16 tokens, group 
 tokens are already quantized and whose output is raw int32), `torch bf16` (linear). Candidates take
 turns within every round, so a machine that slows down slows all of them; medians over calls are printed. One token reads
 its weights cold: each call uses the next of enough copies to exceed the last-level cache several times, and a turn is
-eight calls, as a decoder calls one kernel layer after layer. `stream` is a torch sum
-over memory, the yardstick for reading bandwidth; the share of it that a kernel reaches counts every byte it stores.
+eight calls, as a decoder calls one kernel layer after layer. `stream` is the yardstick of reading bandwidth: a C++ loop
+that only adds up memory, in huge pages and asking ahead as the kernels do, the fastest way found. The share of it that a
+kernel reaches counts every byte it stores. `torch sum` reads ordinary memory, as torch's own kernels do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from quant.kernels import dispatch
+from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -32,6 +34,7 @@ from quant.kernels.formats.int_group import IntGroup
 
 GROUP = 128
 COLD_BYTES = 160 << 20  # of copies of one weight; several times the last-level cache of usual machines
+STREAM_BYTES = 16 << 20
 Call = Callable[[], object]
 
 
@@ -68,7 +71,7 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     problems: list[tuple[Format, str]] = [
         (Int4Dual(group=GROUP), "int8_token"),
         (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
-        (IntGroup(bits=4, group=GROUP, symmetric=True), "none"),
+        *((IntGroup(bits=bits, group=GROUP, symmetric=True), "none") for bits in (8, 4, 3, 2)),
     ]
     out = {}
     for fmt, activation in problems:
@@ -76,13 +79,28 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         kernel, refusals = dispatch.choose(spec)
         if kernel.name == "reference":
             raise ValueError(f"there is no C++ kernel to measure for {fmt.name}: {refusals}")
-        weights = copies_of(kernel.prepare(random_fields(fmt, n, k), spec), cold=m == 1)
+        prepared = kernel.prepare(random_fields(fmt, n, k), spec)
+        weights = [placed(kernel, copy) for copy in copies_of(prepared, cold=m == 1)]
 
         def call(*prepared: Tensor, kernel: dispatch.Kernel = kernel, spec: MatmulSpec = spec) -> Tensor:
             return kernel.matmul(x, prepared, None, spec)
 
-        out[kernel.name] = rotating(call, weights), sum(t.nbytes for t in weights[0])
+        out[label(fmt, activation)] = rotating(call, weights), sum(t.nbytes for t in weights[0])
     return out
+
+
+def label(fmt: Format, activation: str) -> str:
+    """A8W4, W8A8, W3A16 ... as kernels are called in papers."""
+    if isinstance(fmt, Int4Dual):
+        return "A8W4"
+    assert isinstance(fmt, IntGroup)
+    return f"W{fmt.bits}A{16 if activation == 'none' else 8}"
+
+
+def placed(kernel: dispatch.Kernel, prepared: dispatch.Prepared) -> dispatch.Prepared:
+    """The same tensors where a loaded model has them."""
+    joined = kernel.join([prepared])
+    return prepared if joined is None else joined[1][0]
 
 
 def rivals(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
@@ -105,8 +123,11 @@ def rivals(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     if m > 16:  # torch._int_mm accepts no fewer tokens
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
         out["torch int8"] = (lambda: torch._int_mm(q, weight.t())), n * k
-    chunk = torch.ones(2 << 20, dtype=torch.int64)
-    return out | {"stream": (rotating(torch.sum, copies_of((chunk,), cold=True)), chunk.nbytes)}
+    chunk = torch.ones(STREAM_BYTES // 8, dtype=torch.int64)
+    out["torch sum"] = rotating(torch.sum, copies_of((chunk,), cold=True)), STREAM_BYTES
+    read = library.load().lowbit_read
+    chunks = [(memory.empty((STREAM_BYTES,), torch.uint8).fill_(1),) for _ in range(COLD_BYTES // STREAM_BYTES + 1)]
+    return out | {"stream": (rotating(lambda t: read(t.data_ptr(), STREAM_BYTES), chunks), STREAM_BYTES)}
 
 
 def measure(calls: dict[str, Call], rounds: int, burst: int) -> dict[str, float]:
@@ -145,9 +166,10 @@ def kernel_speed(
                 bandwidth = candidates[name][1] / seconds
                 row = {"threads": threads, "m": m, "n": n, "k": k, "kernel": name, "ms": seconds * 1e3}
                 row |= {"weight_gb_s": bandwidth / 1e9, "of_stream": bandwidth / stream}
-                if name != "stream":
+                if name not in ("stream", "torch sum"):
                     row["tops"] = 2e-12 * m * n * k / seconds
-                    row["speed_vs"] = {rival: times[rival] / seconds for rival in times if rival.startswith("torch")}
+                    matmuls = [rival for rival in times if rival.startswith("torch") and rival != "torch sum"]
+                    row["speed_vs"] = {rival: times[rival] / seconds for rival in matmuls}
                 rows.append(row)
     finally:
         torch.set_num_threads(before)

@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -53,6 +53,19 @@ class Kernel(ABC):
     @abstractmethod
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         """x [M, K] float32, bfloat16 or float16, contiguous -> [M, N] in x's dtype; quantizes x itself if asked to."""
+
+    def join(self, prepared: Sequence[Prepared]) -> tuple[Prepared, list[Prepared]] | None:
+        """Layers of one K and format as one weight in its final place, and each layer's part of it, sharing memory.
+
+        None where the kernel does not join. One layer may be given, to bring it to where it is read fastest.
+        """
+        return None
+
+    def matmul_joined(
+        self, x: Tensor, joined: Prepared, biases: Sequence[Tensor | None], specs: Sequence[MatmulSpec]
+    ) -> list[Tensor]:
+        """`matmul` of the same x with every layer of a joined weight; only for kernels that join."""
+        raise NotImplementedError(f"{self.name} does not join layers")
 
 
 KERNELS: dict[str, Kernel] = {}

@@ -5,46 +5,52 @@ y[m, n] = sx[m] * s1[n] * sum_k qx[m, k] * w8[n, k] + bias[n]          w8 = u * 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quant.kernels.cpu import layout, library
-from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
+from quant.kernels.dispatch import MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.int4_dual import Int4Dual
+
+
+def cpu_a8w4_multi(
+    x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, biases: Sequence[Tensor | None], ns: Sequence[int], group: int
+) -> list[Tensor]:
+    """x [M, K] -> [M, n] in x's dtype for each n of `ns`: layers that share the tokens, quantized once.
+
+    codes uint8 [B, K/8, 32, 4], scales uint8 [B, K/G, 2, 32], row_scale float32 [32 B], where a layer fills n / 32
+    blocks, rounded up, of the B.
+    """
+    x = x.contiguous()
+    ys, arguments = library.arguments(x, codes.shape[1] * 8, codes.shape[0], biases, ns)
+    library.load().lowbit_a8w4(*arguments, codes.data_ptr(), scales.data_ptr(), group, row_scale.data_ptr())
+    return ys
+
+
+def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype: `cpu_a8w4_multi` for one layer, row_scale [N]."""
+    return cpu_a8w4_multi(x, codes, scales, row_scale, [bias], [row_scale.shape[0]], group)[0]
+
 
 torch.library.define(
     "lowbit::cpu_a8w4", "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor? bias, int group) -> Tensor"
 )
-
-
-def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/8, 32, 4], scales uint8 [N/32, K/G, 2, 32], row_scale [N]."""
-    (m, k), n = x.shape, row_scale.shape[0]
-    x = x.contiguous()
-    library.check_input(x, codes.shape[1] * 8, bias, n)
-    y = torch.empty((m, n), dtype=x.dtype)
-    pointer, kind = (None, 0) if bias is None else (bias.data_ptr(), library.dtype_code(bias))
-    library.load().lowbit_a8w4(
-        *(x.data_ptr(), library.dtype_code(x), y.data_ptr(), m, n, k),
-        *(codes.data_ptr(), scales.data_ptr(), group, row_scale.data_ptr(), pointer, kind),
-    )
-    return y
-
-
-def _fake(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    return x.new_empty((x.shape[0], row_scale.shape[0]))
-
-
+torch.library.define(
+    "lowbit::cpu_a8w4_multi",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor?[] biases, int[] ns, int group) -> Tensor[]",
+)
 torch.library.impl("lowbit::cpu_a8w4", "cpu", cpu_a8w4)
-torch.library.register_fake("lowbit::cpu_a8w4", _fake)
+torch.library.impl("lowbit::cpu_a8w4_multi", "cpu", cpu_a8w4_multi)
+torch.library.register_fake("lowbit::cpu_a8w4", lambda x, _c, _s, rows, _b, _g: x.new_empty((x.shape[0], rows.shape[0])))
+torch.library.register_fake("lowbit::cpu_a8w4_multi", lambda x, _c, _s, _r, _b, ns, _g: library.fake_outputs(x, ns))
 
 
 @register
-class A8W4(Kernel):
+class A8W4(layout.BlockKernel):
     """int4_dual with int8 tokens; prepared = (codes, scales, row_scale) as `cpu_a8w4` takes them."""
 
     name: ClassVar[str] = "cpu_a8w4"
@@ -78,3 +84,10 @@ class A8W4(Kernel):
         assert isinstance(spec.format, Int4Dual)
         codes, scales, row_scale = prepared
         return library.call(torch.ops.lowbit.cpu_a8w4.default, x, codes, scales, row_scale, bias, spec.format.group)
+
+    def matmul_joined(
+        self, x: Tensor, joined: Prepared, biases: Sequence[Tensor | None], specs: Sequence[MatmulSpec]
+    ) -> list[Tensor]:
+        assert isinstance(specs[0].format, Int4Dual)
+        ns = [spec.n for spec in specs]
+        return library.call_multi(torch.ops.lowbit.cpu_a8w4_multi.default, x, *joined, biases, ns, specs[0].format.group)

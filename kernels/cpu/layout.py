@@ -1,13 +1,18 @@
 """Between canonical codes [N, K] and the blocks of 32 rows that the C++ kernels stream.
 
-A block is stored k by k: eight k (4-bit codes) or four k (8-bit codes) of 16 rows fill 64 bytes, a vector register in
-which each 32-bit lane is one row. N is padded with zero rows to whole blocks, K with zero codes to a multiple of 8.
+A block is stored k by k: one 32-bit word of each row, so that 16 rows fill a vector register. N is padded with zero
+rows to whole blocks, K with zero codes to a multiple of 8, or of 16 for codes of 2 and 3 bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from quant.kernels.cpu import memory
+from quant.kernels.dispatch import Kernel, Prepared
 
 ROWS = 32
 PAIRS = ((0, 2), (4, 6), (1, 3), (5, 7))  # k in the low and high nibble of each byte of a lane, order `pairs`
@@ -46,6 +51,57 @@ def unblock_nibbles(blocks: Tensor, order: tuple[tuple[int, int], ...], n: int, 
     return tiles.transpose(1, 2).reshape(blocks.shape[0] * ROWS, -1)[:n, :k]
 
 
+def block_pairs(codes: Tensor) -> Tensor:
+    """2-bit codes [N, K] -> uint8 [N / 32, K / 16, 32, 4]: even k in the lower half of a row's word, odd k in the upper."""
+    codes = pad(codes, 16)
+    halves = codes.view(codes.shape[0], -1, 2, 4, 2).transpose(3, 4)  # [N, K / 16, byte, even or odd, 4]
+    halves = halves.transpose(2, 3).flatten(2, 3)  # [N, K / 16, 4 bytes, 4]
+    packed = halves[..., 0] | halves[..., 1] << 2 | halves[..., 2] << 4 | halves[..., 3] << 6
+    return packed.view(-1, ROWS, *packed.shape[1:]).transpose(1, 2).contiguous()
+
+
+def unblock_pairs(blocks: Tensor, n: int, k: int) -> Tensor:
+    """Inverse of `block_pairs`."""
+    packed = blocks.transpose(1, 2).flatten(0, 1)  # [N, K / 16, 4]
+    halves = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1)  # [N, K / 16, 4 bytes, 4]
+    codes = halves.view(*halves.shape[:2], 2, 2, 4).transpose(2, 3).transpose(3, 4)  # [N, K / 16, byte, 4, even or odd]
+    return codes.reshape(packed.shape[0], -1)[:n, :k]
+
+
+def block_tops(tops: Tensor) -> Tensor:
+    """Single bits [N, K] -> uint8 [N / 32, K / 16, 32, 2]: even k in the first byte of a row, odd k in the second."""
+    tops = pad(tops, 16)
+    octets = tops.view(tops.shape[0], -1, 8, 2).transpose(2, 3)  # [N, K / 16, even or odd, 8]
+    packed = (octets << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return packed.view(-1, ROWS, *packed.shape[1:]).transpose(1, 2).contiguous()
+
+
+def unblock_tops(blocks: Tensor, n: int, k: int) -> Tensor:
+    """Inverse of `block_tops`."""
+    packed = blocks.transpose(1, 2).flatten(0, 1)  # [N, K / 16, 2]
+    octets = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return octets.transpose(2, 3).reshape(packed.shape[0], -1)[:n, :k]
+
+
+def block_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [N, K] of 2, 3, 4 or 8 bits -> uint8 [N / 32, K / unit, bytes of a unit], as weights.h describes."""
+    if bits == 2:
+        return block_pairs(codes).flatten(2)
+    if bits == 3:
+        return torch.cat((block_pairs(codes & 3).flatten(2), block_tops(codes >> 2).flatten(2)), 2)
+    return (block_nibbles(codes, PAIRS) if bits == 4 else block_bytes(codes)).flatten(2)
+
+
+def unblock_codes(blocks: Tensor, bits: int, n: int, k: int) -> Tensor:
+    """Inverse of `block_codes`."""
+    if bits == 4:
+        return unblock_nibbles(_rows(blocks, 4), PAIRS, n, k)
+    if bits == 8:
+        return unblock_bytes(_rows(blocks, 4), n, k)
+    low = unblock_pairs(_rows(blocks[:, :, : 4 * ROWS], 4), n, k)
+    return low if bits == 2 else low | unblock_tops(_rows(blocks[:, :, 4 * ROWS :], 2), n, k) << 2
+
+
 def block_bytes(codes: Tensor) -> Tensor:
     """Codes [N, K] -> uint8 [N / 32, K / 4, 32, 4]."""
     codes = pad(codes, 8)
@@ -66,3 +122,26 @@ def block_groups(values: Tensor) -> Tensor:
 def unblock_groups(blocks: Tensor, n: int) -> Tensor:
     """Inverse of `block_groups`."""
     return blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[:n].contiguous()
+
+
+def _rows(units: Tensor, width: int) -> Tensor:
+    return units.reshape(*units.shape[:2], ROWS, width)
+
+
+class BlockKernel(Kernel):
+    """A kernel whose prepared tensors are blocks along their first dimension, or one float per row."""
+
+    def join(self, prepared: Sequence[Prepared]) -> tuple[Prepared, list[Prepared]]:
+        together, parts = [], []
+        for pieces in zip(*prepared, strict=True):
+            rows = pieces[0].dim() == 1  # a layer's rows begin at a whole block
+            starts = [0]
+            for piece in pieces:
+                starts.append(starts[-1] + (-(-len(piece) // ROWS) * ROWS if rows else len(piece)))
+            whole = memory.empty((starts[-1], *pieces[0].shape[1:]), pieces[0].dtype)
+            views = [whole[start : start + len(piece)] for start, piece in zip(starts, pieces, strict=False)]
+            for view, piece in zip(views, pieces, strict=True):
+                view.copy_(piece)
+            together.append(whole)
+            parts.append(views)
+        return tuple(together), list(zip(*parts, strict=True))

@@ -1,15 +1,15 @@
 """Loads the compiled C++ kernels and chooses the instruction set, once per process.
 
 The library is a plain C interface without torch headers, so one build serves every torch. It is loaded after torch
-and takes OpenMP from the libgomp that torch brought, so there is one thread pool. LOWBIT_CPU_ISA=avx512, avx2 or
-portable forces a path; without it the best one that the processor has is used.
+and takes OpenMP from the libgomp that torch brought, so there is one thread pool. LOWBIT_CPU_ISA=amx, avx512, avx2
+or portable forces a path; without it the best one that the processor has is used.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,22 @@ from torch import Tensor
 from quant.kernels.cpu.build import FOLDER, LIBRARY, REASON
 from quant.kernels.dispatch import MatmulSpec
 
-ISAS = ("portable", "avx2", "avx512")  # position = number in the C interface
+ISAS = ("portable", "avx2", "avx512", "amx")  # position = number in the C interface
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # likewise
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
-    "lowbit_a8w4": (_P, _I, _P, _L, _L, _L, _P, _P, _L, _P, _P, _I),
-    "lowbit_w8a8": (_P, _I, _P, _L, _L, _L, _P, _P, _P, _I),
-    "lowbit_w4a16": (_P, _I, _P, _L, _L, _L, _P, _P, _I, _P, _L, _P, _I),
+    "lowbit_a8w4": (_P, _I, _L, _L, _P, _I, _P, _P, _L, _P),
+    "lowbit_w8a8": (_P, _I, _L, _L, _P, _I, _P, _P),
+    "lowbit_weight_only": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
+    "lowbit_read": (_P, _L),
 }
+
+
+class Output(ctypes.Structure):
+    """One layer's output and bias, as in lowbit.h."""
+
+    _fields_ = (("y", _P), ("bias", _P), ("n", _L), ("bias_dtype", _L))
 
 
 class Unavailable(Exception):
@@ -93,29 +100,57 @@ def dtype_code(given: Tensor) -> int:
     return code
 
 
-def check_input(x: Tensor, k: int, bias: Tensor | None, n: int) -> None:
-    """Refuse shapes that would make C++ read outside a tensor."""
-    if x.dim() != 2 or x.shape[1] != k:
-        raise ValueError(f"x is {tuple(x.shape)}; the kernel needs [M, {k}]")
-    if bias is not None and (bias.numel() != n or not bias.is_contiguous()):
-        raise ValueError(f"bias is {tuple(bias.shape)}, strides {bias.stride()}; the kernel needs a contiguous [{n}]")
+def arguments(
+    x: Tensor, k: int, blocks: int, biases: Sequence[Tensor | None], ns: Sequence[int]
+) -> tuple[list[Tensor], tuple[object, ...]]:
+    """Fresh outputs [M, n] for each n, and the arguments that all C functions begin with: x, dtype, M, K, outputs, count.
+
+    Raises ValueError for shapes that would make C++ read outside a tensor.
+    """
+    if x.dim() != 2 or x.shape[1] != k or not x.is_contiguous():
+        raise ValueError(f"x is {tuple(x.shape)}, strides {x.stride()}; the kernel needs a contiguous [M, {k}]")
+    if len(biases) != len(ns) or blocks != sum(-(-n // 32) for n in ns):
+        raise ValueError(f"{len(biases)} biases and rows {list(ns)} do not fit a weight of {blocks} blocks of 32 rows")
+    outputs = (Output * len(ns))()
+    results = []
+    for out, bias, n in zip(outputs, biases, ns, strict=True):
+        if bias is not None:
+            if bias.numel() != n or not bias.is_contiguous():
+                raise ValueError(f"bias is {tuple(bias.shape)}, strides {bias.stride()}; the kernel needs a contiguous [{n}]")
+            out.bias, out.bias_dtype = bias.data_ptr(), dtype_code(bias)
+        y = torch.empty((x.shape[0], n), dtype=x.dtype)
+        out.y, out.n = y.data_ptr(), n
+        results.append(y)
+    return results, (x.data_ptr(), dtype_code(x), x.shape[0], k, outputs, len(ns))
 
 
 class ForwardOnly(torch.autograd.Function):
-    """Ties an output to the input it came from, so that a backward pass is an error and not a silent zero."""
+    """Ties outputs to the input they came from, so that a backward pass is an error and not a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        return y.view_as(y)
+    def forward(ctx: Any, x: Tensor, *ys: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.view_as(y) for y in ys)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise RuntimeError("the C++ kernels have no backward pass; to train, set LOWBIT_KERNEL=reference before loading")
 
 
-def call(operator: Callable[..., Tensor], x: Tensor, *rest: Tensor | int | None) -> Tensor:
+def call(operator: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:
     """operator(x, *rest), forward only. The operators are bare (no autograd kernel): that saves 20 us on every call."""
     if x.requires_grad and torch.is_grad_enabled():
-        linked: Tensor = ForwardOnly.apply(x, operator(x.detach(), *rest))  # type: ignore[no-untyped-call]
+        linked: Tensor = ForwardOnly.apply(x, operator(x.detach(), *rest))[0]  # type: ignore[no-untyped-call]
         return linked
     return operator(x, *rest)
+
+
+def call_multi(operator: Callable[..., list[Tensor]], x: Tensor, *rest: object) -> list[Tensor]:
+    """`call` for an operator with several results."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return list(ForwardOnly.apply(x, *operator(x.detach(), *rest)))  # type: ignore[no-untyped-call]
+    return operator(x, *rest)
+
+
+def fake_outputs(x: Tensor, ns: Sequence[int]) -> list[Tensor]:
+    """What the operators of several layers return, for tracing."""
+    return [x.new_empty((x.shape[0], n)) for n in ns]

@@ -5,44 +5,49 @@ y[m, n] = sx[m] * s[n] * sum_k qx[m, k] * (code[n, k] - 128) + bias[n]          
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from quant.kernels.cpu import layout, library
-from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
+from quant.kernels.dispatch import MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.int_group import IntGroup
 
-torch.library.define("lowbit::cpu_w8a8", "(Tensor x, Tensor codes, Tensor row_scale, Tensor? bias, int k) -> Tensor")
+
+def cpu_w8a8_multi(
+    x: Tensor, codes: Tensor, row_scale: Tensor, biases: Sequence[Tensor | None], ns: Sequence[int], k: int
+) -> list[Tensor]:
+    """x [M, K] -> [M, n] in x's dtype for each n of `ns`: layers that share the tokens, quantized once.
+
+    codes uint8 [B, K/4, 32, 4] holding w8 + 128, row_scale float32 [32 B], where a layer fills n / 32 blocks, rounded
+    up, of the B.
+    """
+    x = x.contiguous()
+    ys, arguments = library.arguments(x, k, codes.shape[0], biases, ns)
+    library.load().lowbit_w8a8(*arguments, codes.data_ptr(), row_scale.data_ptr())
+    return ys
 
 
 def cpu_w8a8(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype. codes uint8 [N/32, K/4, 32, 4] holding w8 + 128, row_scale float32 [N]."""
-    m, n = x.shape[0], row_scale.shape[0]
-    x = x.contiguous()
-    library.check_input(x, k, bias, n)
-    y = torch.empty((m, n), dtype=x.dtype)
-    pointer, kind = (None, 0) if bias is None else (bias.data_ptr(), library.dtype_code(bias))
-    library.load().lowbit_w8a8(
-        *(x.data_ptr(), library.dtype_code(x), y.data_ptr(), m, n, k),
-        *(codes.data_ptr(), row_scale.data_ptr(), pointer, kind),
-    )
-    return y
+    """x [M, K] -> [M, N] in x's dtype: `cpu_w8a8_multi` for one layer, row_scale [N]."""
+    return cpu_w8a8_multi(x, codes, row_scale, [bias], [row_scale.shape[0]], k)[0]
 
 
-def _fake(x: Tensor, codes: Tensor, row_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    return x.new_empty((x.shape[0], row_scale.shape[0]))
-
-
+torch.library.define("lowbit::cpu_w8a8", "(Tensor x, Tensor codes, Tensor row_scale, Tensor? bias, int k) -> Tensor")
+torch.library.define(
+    "lowbit::cpu_w8a8_multi", "(Tensor x, Tensor codes, Tensor row_scale, Tensor?[] biases, int[] ns, int k) -> Tensor[]"
+)
 torch.library.impl("lowbit::cpu_w8a8", "cpu", cpu_w8a8)
-torch.library.register_fake("lowbit::cpu_w8a8", _fake)
+torch.library.impl("lowbit::cpu_w8a8_multi", "cpu", cpu_w8a8_multi)
+torch.library.register_fake("lowbit::cpu_w8a8", lambda x, _c, rows, _b, _k: x.new_empty((x.shape[0], rows.shape[0])))
+torch.library.register_fake("lowbit::cpu_w8a8_multi", lambda x, _c, _r, _b, ns, _k: library.fake_outputs(x, ns))
 
 
 @register
-class W8A8(Kernel):
+class W8A8(layout.BlockKernel):
     """8-bit symmetric int_group per row with int8 tokens; prepared = (codes, row_scale) as `cpu_w8a8` takes them."""
 
     name: ClassVar[str] = "cpu_w8a8"
@@ -69,3 +74,9 @@ class W8A8(Kernel):
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         codes, row_scale = prepared
         return library.call(torch.ops.lowbit.cpu_w8a8.default, x, codes, row_scale, bias, spec.k)
+
+    def matmul_joined(
+        self, x: Tensor, joined: Prepared, biases: Sequence[Tensor | None], specs: Sequence[MatmulSpec]
+    ) -> list[Tensor]:
+        ns = [spec.n for spec in specs]
+        return library.call_multi(torch.ops.lowbit.cpu_w8a8_multi.default, x, *joined, biases, ns, specs[0].k)

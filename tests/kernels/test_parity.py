@@ -22,9 +22,15 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 FORMATS = {
     "int4_dual": lambda g: (Int4Dual(group=g), "int8_token"),
     "w8": lambda g: (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
-    "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), "none"),
+    "w2_asym": lambda g: (IntGroup(bits=2, group=g, symmetric=False), "none"),
+    "w3_asym": lambda g: (IntGroup(bits=3, group=g, symmetric=False), "none"),
     "w4_asym": lambda g: (IntGroup(bits=4, group=g, symmetric=False), "none"),
+    "w8_asym": lambda g: (IntGroup(bits=8, group=g, symmetric=False), "none"),
+    "w2_sym": lambda g: (IntGroup(bits=2, group=g, symmetric=True), "none"),
+    "w3_row": lambda g: (IntGroup(bits=3, group=-1, symmetric=True), "none"),
+    "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), "none"),
     "w4_row": lambda g: (IntGroup(bits=4, group=-1, symmetric=False), "none"),
+    "w8_row": lambda g: (IntGroup(bits=8, group=-1, symmetric=False), "none"),
 }
 
 
@@ -125,7 +131,7 @@ def test_extremes(kernel: Kernel, kind: str) -> None:
         codes.params["group_scale"].fill_(17)
         codes.params["group_offset"].fill_(-128)
     codes.codes[: n // 2] = 0
-    codes.codes[n // 2 :] = 255 if kind == "w8" else 15
+    codes.codes[n // 2 :] = 2**spec.format.bits - 1 if isinstance(spec.format, IntGroup) else 15
     prepared, weight = kernel.prepare(spec.format.pack(codes), spec), spec.format.dequantize(codes)
     x = torch.randn(21, k)
     x[0], x[1], x[2] = 0, 3, -3
@@ -157,7 +163,11 @@ def test_integer_sums_are_exact(kernel: Kernel, kind: str) -> None:
 
 def test_cpu_kernels_are_the_ones_chosen() -> None:
     """The C++ kernels come before the reference wherever they were built."""
-    for kind, name in (("int4_dual", "cpu_a8w4"), ("w8", "cpu_w8a8"), ("w4_asym", "cpu_w4a16")):
+    for kind, name in (
+        ("int4_dual", "cpu_a8w4"),
+        ("w8", "cpu_w8a8"),
+        *((f"w{b}_asym", "cpu_weight_only") for b in (2, 3, 4, 8)),
+    ):
         fmt, activation = FORMATS[kind](32)
         kernel, refusals = dispatch.choose(MatmulSpec(n=8, k=64, format=fmt, activation=activation, device="cpu"))
         assert kernel.name == name or "C++" in refusals[name], refusals

@@ -4,7 +4,7 @@
 // which full bytes would not, so the group's scale goes on the int32 sum. W8A8 widens both sides to int16 instead.
 #include <immintrin.h>
 
-#include "driver.h"
+#include "weights.h"
 
 namespace {
 
@@ -19,10 +19,10 @@ inline __m256i broadcast4(const int8_t* x) {
 }
 
 struct A8W4 : IntegerPanels {
-    static constexpr bool kHasMany = false;
-    static void many(const Problem&, int64_t, const Panel<int32_t>*, int, int32_t*) {}
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
 
-    template <int MT>
+    template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
         const int64_t groups = p.k / p.group;
         const uint8_t* params = (const uint8_t*)p.scale + block * groups * 2 * kRows;
@@ -58,14 +58,14 @@ struct A8W4 : IntegerPanels {
 };
 
 struct W8A8 : IntegerPanels {
-    static constexpr bool kHasMany = false;
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
     static constexpr int64_t kStretch = 512;  // k walked by one strip before the next, so that lines are still in L1
-    static void many(const Problem&, int64_t, const Panel<int32_t>*, int, int32_t*) {}
 
     static __m256i even(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
     static __m256i odd(__m256i v) { return _mm256_srai_epi16(v, 8); }
 
-    template <int MT>
+    template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
         const int64_t kp = padded(p);
         const __m256i flip = _mm256_set1_epi8(-128);
@@ -90,36 +90,43 @@ struct W8A8 : IntegerPanels {
     }
 };
 
-struct W4A16 : FloatPanels {
-    static constexpr bool kHasMany = false;
-    static void many(const Problem&, int64_t, const Panel<float>*, int, float*) {}
+template <int BITS>
+struct WeightOnly : FloatPanels<BITS> {
+    using S = Stored<BITS>;
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
 
     static __m256 load_scale(const Problem& p, int64_t index) {
         if (p.scale_is_f32) return _mm256_loadu_ps((const float*)p.scale + index);
         return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const uint16_t*)p.scale + index)));
     }
 
-    template <int MT>
+    template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
-        const int64_t groups = p.k / p.group, length = groups == 1 ? padded(p) : p.group;
-        const __m256i mask = _mm256_set1_epi32(15);
+        const int64_t groups = p.k / p.group, length = S::length(p);
+        const __m256i mask = _mm256_set1_epi32((1 << S::kLow) - 1), center = _mm256_set1_epi32(S::kCenter);
         memset(out, 0, MT * kRows * sizeof(float));
         for (int64_t g = 0; g < groups; g++)
             for (int strip = 0; strip < kStrips; strip++) {
-                const uint8_t* w = p.codes + (block * padded(p) + g * length) * (kRows / 2) + 32 * strip;
+                const uint8_t* w = S::at(p, block, g * length);
                 const float* x = (const float*)panel.data + g * length * MT;
                 __m256 part[MT][2];
                 for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm256_setzero_ps();
-                for (int64_t i = 0; i < length / 8; i++, w += 128, x += 8 * MT) {
-                    const __m256i packed = load(w);
-#pragma GCC unroll 8
-                    for (int j = 0; j < 8; j++) {  // codes 0..3 are k = 0 2 4 6, codes 4..7 are k = 1 3 5 7
-                        const __m256i code = _mm256_and_si256(_mm256_srli_epi32(packed, 4 * j), mask);
-                        const __m256 weight = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)));
-                        const int k = j < 4 ? 2 * j : 2 * j - 7;
+                for (int64_t i = 0; i < length / S::kUnit; i++, w += S::kUnitBytes, x += S::kUnit * MT) {
+                    const __m256i word = load(w + 32 * strip);
+                    __m256i tops = _mm256_setzero_si256();
+                    if (BITS == 3) tops = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(w + 128 + 16 * strip)));
+#pragma GCC unroll 16
+                    for (int k = 0; k < S::kUnit; k++) {
+                        __m256i code = _mm256_and_si256(_mm256_srli_epi32(word, S::shift(k)), mask);
+                        if (BITS == 3) {
+                            const __m256i top = _mm256_and_si256(_mm256_srli_epi32(tops, S::top(k)), _mm256_set1_epi32(1));
+                            code = _mm256_or_si256(code, _mm256_slli_epi32(top, 2));
+                        }
+                        const __m256 weight = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, center));
 #pragma GCC unroll 4
                         for (int t = 0; t < MT; t++)
-                            part[t][j & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][j & 1]);
+                            part[t][k & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][k & 1]);
                     }
                 }
                 const int64_t index = (block * groups + g) * kRows + 8 * strip;
@@ -127,7 +134,7 @@ struct W4A16 : FloatPanels {
                 __m256 zero = _mm256_setzero_ps();
                 if (p.zero) {
                     const __m256i stored = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p.zero + index)));
-                    zero = _mm256_cvtepi32_ps(_mm256_sub_epi32(stored, _mm256_set1_epi32(8)));
+                    zero = _mm256_cvtepi32_ps(_mm256_sub_epi32(stored, center));
                 }
                 for (int t = 0; t < MT; t++) {
                     float* to = out + t * kRows + 8 * strip;
@@ -143,4 +150,4 @@ struct W4A16 : FloatPanels {
 
 void avx2_a8w4(const Problem& p) { run<A8W4>(p); }
 void avx2_w8a8(const Problem& p) { run<W8A8>(p); }
-void avx2_w4a16(const Problem& p) { run<W4A16>(p); }
+void avx2_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }

@@ -1,22 +1,7 @@
-// Integer kernels for AVX-512 with VNNI. vpdpbusd multiplies unsigned by signed bytes and adds four products to an
-// int32 lane; a lane is one weight row, the four bytes are four neighbouring k.
-//
-// Few tokens, 4-bit codes u: u is already the unsigned operand, so the dot product runs on raw codes and the group's
-// scale and offset are applied once per group: acc += s2 * sum(u * q) + o * sum(q). Everything stays in int32.
-// Many tokens: w8 + 128 is the unsigned operand, and 128 * sum(q) is taken off each token at the end.
-#include <immintrin.h>
-
-#include "driver.h"
+// Integer kernels for AVX-512 with VNNI; avx512integer.h says how they work.
+#include "avx512integer.h"
 
 namespace {
-
-constexpr int kSlice = 512;  // k per unpacked slice: 32 rows x 512 bytes fill half of the L1 cache
-
-inline __m512i broadcast4(const int8_t* x) {
-    int32_t v;
-    memcpy(&v, x, 4);
-    return _mm512_set1_epi32(v);
-}
 
 // out [MT, 32] (+)= w [n4, 2, 16 rows, 4] * x [n4, MT, 4]
 template <int MT>
@@ -42,7 +27,7 @@ inline void dot(const uint8_t* w, const int8_t* x, int64_t n4, int32_t* out, boo
         for (int h = 0; h < 2; h++) _mm512_store_si512(out + t * kRows + 16 * h, acc[t][h]);
 }
 
-template <int MT = kMany>
+template <int MT>
 inline void dot_dispatch(int tokens, const uint8_t* w, const int8_t* x, int64_t n4, int32_t* out, bool add) {
     if (tokens == MT) return dot<MT>(w, x, n4, out, add);
     if constexpr (MT > 1) dot_dispatch<MT - 1>(tokens, w, x, n4, out, add);
@@ -50,150 +35,24 @@ inline void dot_dispatch(int tokens, const uint8_t* w, const int8_t* x, int64_t 
 
 // The way for many tokens. S::slice gives w8 + 128 for k0 <= k < k1 as [(k1 - k0) / 4, 32, 4].
 template <class S>
-inline void many_tokens(const Problem& p, int64_t block, const Panel<int32_t>* panels, int count, int32_t* out) {
-    alignas(64) uint8_t buffer[kRows * kSlice];
-    const int64_t kp = IntegerPanels::padded(p), groups = p.k / p.group;
-    for (int64_t k0 = 0; k0 < kp; k0 += kSlice) {
-        const int64_t k1 = min64(k0 + kSlice, kp);
-        const uint8_t* w = S::slice(p, block, k0, k1, buffer);
-        for (int i = 0; i < count; i++)
-            dot_dispatch(panels[i].tokens, w, (const int8_t*)panels[i].data + k0 * panels[i].tokens, (k1 - k0) / 4,
-                         out + i * kMany * kRows, k0 > 0);
-    }
-    for (int i = 0; i < count; i++)
-        for (int t = 0; t < panels[i].tokens; t++) {
-            int32_t total = 0;
-            for (int64_t g = 0; g < groups; g++) total += panels[i].sums[t * groups + g];
-            int32_t* row = out + (i * kMany + t) * kRows;
-            for (int r = 0; r < kRows; r++) row[r] -= 128 * total;
-        }
-}
-
-struct A8W4 : IntegerPanels {
-    static constexpr bool kHasMany = true;
-
-    template <int MT>
-    static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
-        const int64_t groups = p.k / p.group;
-        const uint8_t* w = p.codes + block * p.k * (kRows / 2);
-        const uint8_t* params = (const uint8_t*)p.scale + block * groups * 2 * kRows;
-        const int8_t* x = (const int8_t*)panel.data;
-        const __m512i mask = _mm512_set1_epi8(15);
-        __m512i acc[MT][2];
-        for (int t = 0; t < MT; t++) acc[t][0] = acc[t][1] = _mm512_setzero_si512();
-        for (int64_t g = 0; g < groups; g++, params += 2 * kRows) {
-            __m512i part[MT][2];
-            for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm512_setzero_si512();
-            for (int64_t i = 0; i < p.group / 8; i++, w += 128, x += 8 * MT) {
-                _mm_prefetch((const char*)w + kAhead, _MM_HINT_T0);
-                _mm_prefetch((const char*)w + kAhead + 64, _MM_HINT_T0);
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) {
-                    const __m512i packed = _mm512_loadu_si512(w + 64 * h);
-                    const __m512i low = _mm512_and_si512(packed, mask);
-                    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-#pragma GCC unroll 4
-                    for (int t = 0; t < MT; t++) {
-                        part[t][h] = _mm512_dpbusd_epi32(part[t][h], low, broadcast4(x + 4 * t));
-                        part[t][h] = _mm512_dpbusd_epi32(part[t][h], high, broadcast4(x + 4 * (MT + t)));
-                    }
-                }
-            }
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                const __m512i s2 = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(params + 16 * h)));
-                const __m512i o = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(params + kRows + 16 * h)));
-#pragma GCC unroll 4
-                for (int t = 0; t < MT; t++) {
-                    const __m512i sum = _mm512_set1_epi32(panel.sums[t * groups + g]);
-                    acc[t][h] = _mm512_add_epi32(acc[t][h], _mm512_mullo_epi32(s2, part[t][h]));
-                    acc[t][h] = _mm512_add_epi32(acc[t][h], _mm512_mullo_epi32(o, sum));
-                }
-            }
-        }
-        for (int t = 0; t < MT; t++)
-            for (int h = 0; h < 2; h++) _mm512_store_si512(out + t * kRows + 16 * h, acc[t][h]);
-    }
-
-    // u * s2 + o + 128 as bytes. No product of a valid weight exceeds 255, so one 16-bit multiplication does two codes.
-    static const uint8_t* slice(const Problem& p, int64_t block, int64_t k0, int64_t k1, uint8_t* buffer) {
-        const int64_t groups = p.k / p.group;
-        const uint8_t* w = p.codes + (block * p.k + k0) * (kRows / 2);
-        const uint8_t* params = (const uint8_t*)p.scale + block * groups * 2 * kRows;
-        const __m512i mask = _mm512_set1_epi8(15);
-        uint8_t* out = buffer;
-        for (int64_t k = k0; k < k1;) {
-            const int64_t g = k / p.group, end = min64(k1, (g + 1) * p.group);
-            __m512i s2[2], o[2];
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                const uint8_t* at = params + g * 2 * kRows + 16 * h;
-                const __m512i scale = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at));
-                const __m512i offset = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(at + kRows)));
-                s2[h] = _mm512_or_si512(scale, _mm512_slli_epi32(scale, 16));
-                const __m512i pair = _mm512_or_si512(offset, _mm512_slli_epi32(offset, 8));
-                o[h] = _mm512_xor_si512(_mm512_or_si512(pair, _mm512_slli_epi32(pair, 16)), _mm512_set1_epi8(-128));
-            }
-            for (; k < end; k += 8, w += 128, out += 256)
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) {
-                    const __m512i packed = _mm512_loadu_si512(w + 64 * h);
-                    const __m512i low = _mm512_mullo_epi16(_mm512_and_si512(packed, mask), s2[h]);
-                    const __m512i high = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), s2[h]);
-                    _mm512_store_si512(out + 64 * h, _mm512_add_epi8(low, o[h]));
-                    _mm512_store_si512(out + 128 + 64 * h, _mm512_add_epi8(high, o[h]));
-                }
-        }
-        return buffer;
-    }
+struct Many : S {
+    static constexpr int kWidth = 12;  // 12 x 2 accumulators fill the register file
 
     static void many(const Problem& p, int64_t block, const Panel<int32_t>* panels, int count, int32_t* out) {
-        many_tokens<A8W4>(p, block, panels, count, out);
-    }
-};
-
-struct W8A8 : IntegerPanels {
-    static constexpr bool kHasMany = true;
-
-    template <int MT>
-    static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
-        const int64_t kp = padded(p);
-        const uint8_t* w = p.codes + block * kp * kRows;
-        const int8_t* x = (const int8_t*)panel.data;
-        __m512i acc[MT][2][2];
-        for (int t = 0; t < MT; t++)
-            for (int h = 0; h < 2; h++) acc[t][h][0] = acc[t][h][1] = _mm512_setzero_si512();
-        for (int64_t i = 0; i < kp / 8; i++, w += 256, x += 8 * MT) {
-#pragma GCC unroll 4
-            for (int line = 0; line < 4; line++) _mm_prefetch((const char*)w + kAhead + 64 * line, _MM_HINT_T0);
-#pragma GCC unroll 2
-            for (int s = 0; s < 2; s++)
-#pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) {
-                    const __m512i codes = _mm512_loadu_si512(w + 128 * s + 64 * h);
-#pragma GCC unroll 4
-                    for (int t = 0; t < MT; t++)
-                        acc[t][h][s] = _mm512_dpbusd_epi32(acc[t][h][s], codes, broadcast4(x + 4 * (s * MT + t)));
-                }
+        alignas(64) uint8_t buffer[kRows * kSlice];
+        const int64_t kp = S::padded(p);
+        for (int64_t k0 = 0; k0 < kp; k0 += kSlice) {
+            const int64_t k1 = min64(k0 + kSlice, kp);
+            const uint8_t* w = S::slice(p, block, k0, k1, buffer);
+            for (int i = 0; i < count; i++)
+                dot_dispatch<kWidth>(panels[i].tokens, w, (const int8_t*)panels[i].data + k0 * panels[i].tokens, (k1 - k0) / 4,
+                                     out + i * kWidth * kRows, k0 > 0);
         }
-        for (int t = 0; t < MT; t++)
-            for (int h = 0; h < 2; h++) {
-                const __m512i sum = _mm512_add_epi32(acc[t][h][0], acc[t][h][1]);
-                const __m512i shift = _mm512_set1_epi32(128 * panel.sums[t]);
-                _mm512_store_si512(out + t * kRows + 16 * h, _mm512_sub_epi32(sum, shift));
-            }
-    }
-
-    static const uint8_t* slice(const Problem& p, int64_t block, int64_t k0, int64_t, uint8_t*) {
-        return p.codes + (block * padded(p) + k0) * kRows;
-    }
-
-    static void many(const Problem& p, int64_t block, const Panel<int32_t>* panels, int count, int32_t* out) {
-        many_tokens<W8A8>(p, block, panels, count, out);
+        take_off_shift(p, panels, count, kWidth, out);
     }
 };
 
 }  // namespace
 
-void avx512_a8w4(const Problem& p) { run<A8W4>(p); }
-void avx512_w8a8(const Problem& p) { run<W8A8>(p); }
+void avx512_a8w4(const Problem& p) { run<Many<A8W4>>(p); }
+void avx512_w8a8(const Problem& p) { run<Many<W8A8>>(p); }

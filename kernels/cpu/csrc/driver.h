@@ -6,12 +6,13 @@
 //
 // A kernel class K supplies
 //   Acc                                  int32_t or float
-//   kHasMany                             whether the second way exists
-//   padded(p)                            K as stored
-//   panel_bytes(p)                       bytes of one token in a panel
+//   kInteger                             whether a panel has token scales
+//   kWidth                               tokens of a panel on the second way; 0 where there is none
+//   kPairs                               whether one token takes two blocks at a time
+//   panel_bytes(p, many)                 bytes of one token in a panel of either way
 //   gather(p, row, t, panel)             converts token t of the panel
-//   few<MT>(p, block, panel, out)        out [MT, 32], complete results
-//   many(p, block, panels, count, out)   out [tokens, 32], complete results
+//   few<MT, B>(p, block, panel, out)     out [B, MT, 32], complete results of B neighbouring blocks
+//   many(p, block, panels, count, out)   out [count * kWidth, 32], complete results
 #pragma once
 #include <cstdlib>
 
@@ -22,11 +23,9 @@
 
 namespace {
 
-constexpr int kFew = 4;             // tokens per panel on the way for few tokens
-constexpr int kMany = 12;           // and on the way for many: 12 x 2 accumulators fill the register file
-constexpr int kTokenBlock = 192;    // tokens that share one unpacked slice
-constexpr int64_t kChunk = 1536;    // tokens gathered at a time; bounds the scratch memory
-constexpr int64_t kAhead = 4096;   // bytes of weights asked for ahead of use; the best of 512 to 16384 on Zen 4
+constexpr int kFew = 4;           // tokens per panel on the way for few tokens
+constexpr int kTokenBlock = 192;  // tokens that share one unpacked slice: a multiple of every kWidth
+constexpr int64_t kChunk = 1536;  // tokens gathered at a time; bounds the scratch memory
 constexpr int64_t kSerialWork = 200000;  // multiplications below which waking a second thread costs more than it saves
 
 template <class Acc>
@@ -35,6 +34,7 @@ struct Panel {
     float* scale;  // [tokens] of activations, integer kernels only
     Acc* sums;     // [tokens, groups] sum of the (quantized) token over each group
     int tokens;
+    bool many;     // on the way for many tokens
 };
 
 // One growing buffer per calling thread, so that a decoding loop never allocates.
@@ -87,20 +87,27 @@ inline void parallel(int threads, int64_t count, const Body& body) {
 template <class K>
 inline void store(const Problem& p, int64_t block, int64_t first, int64_t tokens, const typename K::Acc* out,
                   const float* token_scale) {
-    const int64_t n0 = block * kRows, valid = min64(kRows, p.n - n0), size = element_size(p.dtype);
-    float scale[kRows] = {}, bias[kRows] = {}, row[kRows];
-    for (int64_t r = 0; r < valid; r++) scale[r] = p.row_scale ? p.row_scale[n0 + r] : 1.0f;
-    if (p.bias) to_float(bias, (const char*)p.bias + n0 * element_size(p.bias_dtype), valid, p.bias_dtype);
-    for (int64_t t = 0; t < tokens; t++) {
+    const Output* to = p.outputs;
+    int64_t n0 = block * kRows;
+    for (; n0 >= to->n; to++) n0 -= round_up(to->n, kRows);
+    const int64_t valid = min64(kRows, to->n - n0), size = element_size(p.dtype);
+    alignas(64) float scale[kRows] = {}, bias[kRows] = {}, row[kRows];
+    for (int64_t r = 0; r < valid; r++) scale[r] = p.row_scale ? p.row_scale[block * kRows + r] : 1.0f;
+    if (to->bias) to_float(bias, (const char*)to->bias + n0 * element_size((DType)to->bias_dtype), valid, (DType)to->bias_dtype);
+    char* y = (char*)to->y + (first * to->n + n0) * size;
+    for (int64_t t = 0; t < tokens; t++, y += to->n * size) {
         const float s = token_scale ? token_scale[t] : 1.0f;
         for (int r = 0; r < kRows; r++) row[r] = (float)out[t * kRows + r] * scale[r] * s + bias[r];
-        from_float((char*)p.y + ((first + t) * p.n + n0) * size, row, valid, p.dtype);
+        if (valid == kRows)
+            from_float(y, row, kRows, p.dtype);
+        else
+            from_float(y, row, valid, p.dtype);
     }
 }
 
 template <class K, int MT = kFew>
 inline void few_dispatch(const Problem& p, int64_t block, const Panel<typename K::Acc>& panel, typename K::Acc* out) {
-    if (panel.tokens == MT) return K::template few<MT>(p, block, panel, out);
+    if (panel.tokens == MT) return K::template few<MT, 1>(p, block, panel, out);
     if constexpr (MT > 1) few_dispatch<K, MT - 1>(p, block, panel, out);
 }
 
@@ -108,17 +115,17 @@ inline void few_dispatch(const Problem& p, int64_t block, const Panel<typename K
 template <class K>
 inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
     using Acc = typename K::Acc;
-    const bool many = K::kHasMany && m > kFew;
-    const int width = many ? kMany : kFew;
-    const int64_t count = ceil_div(m, width), groups = p.k / p.group, blocks = ceil_div(p.n, kRows);
-    const int64_t token_bytes = round_up(K::panel_bytes(p), 64);
-    const size_t data_bytes = token_bytes * m, sums_bytes = round_up(4 * groups * m, 64);
+    const bool many = K::kWidth > 0 && m > kFew;
+    const int width = many ? K::kWidth : kFew;
+    const int64_t count = ceil_div(m, width), groups = p.k / p.group, blocks = p.blocks;
+    const int64_t token_bytes = round_up(K::panel_bytes(p, many), 64);
+    const size_t data_bytes = token_bytes * count * width, sums_bytes = round_up(4 * groups * m, 64);
     char* memory = scratch().at_least(data_bytes + sums_bytes + round_up(4 * m, 64));
     Acc* sums = (Acc*)(memory + data_bytes);
     float* scales = (float*)(memory + data_bytes + sums_bytes);
     auto panel_at = [=](int64_t i) {
         const int64_t t = i * width;
-        return Panel<Acc>{memory + t * token_bytes, scales + t, sums + t * groups, (int)min64(width, m - t)};
+        return Panel<Acc>{memory + t * token_bytes, scales + t, sums + t * groups, (int)min64(width, m - t), many};
     };
 
     parallel(count < 2 * threads ? 1 : threads, count, [&](int64_t begin, int64_t end) {
@@ -129,6 +136,20 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
         }
     });
 
+    if constexpr (K::kPairs)
+        if (m == 1) {  // two streams of weights, and half the reading of the panel
+            parallel(threads, ceil_div(blocks, 2), [&](int64_t begin, int64_t end) {
+                alignas(64) Acc out[2 * kRows];
+                const Panel<Acc> panel = panel_at(0);
+                for (int64_t block = 2 * begin; block < min64(2 * end, blocks); block += 2) {
+                    const int here = block + 1 < blocks ? 2 : 1;
+                    here == 2 ? K::template few<1, 2>(p, block, panel, out) : K::template few<1, 1>(p, block, panel, out);
+                    for (int b = 0; b < here; b++)
+                        store<K>(p, block + b, first, 1, out + b * kRows, K::kInteger ? panel.scale : nullptr);
+                }
+            });
+            return;
+        }
     if (!many) {
         parallel(threads, blocks, [&](int64_t begin, int64_t end) {
             alignas(64) Acc out[kFew * kRows];
@@ -141,19 +162,19 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
         });
         return;
     }
-    if constexpr (K::kHasMany) {
-        int64_t panels = kTokenBlock / kMany;
+    if constexpr (K::kWidth > 0) {
+        int64_t panels = kTokenBlock / K::kWidth;
         while (panels > 1 && ceil_div(count, panels) * blocks < 4 * threads) panels /= 2;
         const int64_t token_blocks = ceil_div(count, panels);
         parallel(threads, token_blocks * blocks, [&](int64_t begin, int64_t end) {
             alignas(64) Acc out[kTokenBlock * kRows];
-            Panel<Acc> list[kTokenBlock / kMany];
+            Panel<Acc> list[kTokenBlock / K::kWidth];
             for (int64_t task = begin; task < end; task++) {
                 const int64_t block = task % blocks, i0 = task / blocks * panels;
-                const int64_t here = min64(panels, count - i0), t0 = i0 * kMany;
+                const int64_t here = min64(panels, count - i0), t0 = i0 * K::kWidth;
                 for (int64_t i = 0; i < here; i++) list[i] = panel_at(i0 + i);
                 K::many(p, block, list, (int)here, out);
-                store<K>(p, block, first + t0, min64(here * kMany, m - t0), out, K::kInteger ? scales + t0 : nullptr);
+                store<K>(p, block, first + t0, min64(here * K::kWidth, m - t0), out, K::kInteger ? scales + t0 : nullptr);
             }
         });
     }
@@ -161,7 +182,7 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
 
 template <class K>
 inline void run(const Problem& p) {
-    const int threads = p.m * p.n * p.k < kSerialWork ? 1 : max_threads();
+    const int threads = p.m * p.blocks * kRows * p.k < kSerialWork ? 1 : max_threads();
     for (int64_t first = 0; first < p.m; first += kChunk) run_chunk<K>(p, first, min64(kChunk, p.m - first), threads);
 }
 
@@ -170,43 +191,31 @@ struct IntegerPanels {
     using Acc = int32_t;
     static constexpr bool kInteger = true;
     static int64_t padded(const Problem& p) { return round_up(p.k, 8); }
-    static int64_t panel_bytes(const Problem& p) { return padded(p); }
+    static int64_t panel_bytes(const Problem& p, bool) { return padded(p); }
+
+    // One token: codes [K], zeros up to `to`, with its scale and the sum of each group.
+    static void quantize(const Problem& p, const char* row, int8_t* codes, int64_t to, int t, const Panel<Acc>& panel) {
+        static thread_local Scratch buffer;
+        const int64_t k = p.k, groups = k / p.group;
+        const float* values = (const float*)row;
+        if (p.dtype != kF32) {
+            float* converted = (float*)buffer.at_least(k * 4);
+            to_float(converted, row, k, p.dtype);
+            values = converted;
+        }
+        panel.scale[t] = quantize_token(codes, values, k);
+        memset(codes + k, 0, to - k);
+        for (int64_t g = 0; g < groups; g++) panel.sums[t * groups + g] = sum_int8(codes + g * p.group, p.group);
+    }
 
     static void gather(const Problem& p, const char* row, int t, const Panel<Acc>& panel) {
         static thread_local Scratch buffer;
-        const int64_t k = p.k, kp = padded(p), groups = k / p.group;
-        char* memory = buffer.at_least(kp * 5);
-        float* values = (float*)memory;
-        int8_t* codes = (int8_t*)(memory + kp * 4);
-        to_float(values, row, k, p.dtype);
-        panel.scale[t] = quantize_token(codes, values, k);
-        for (int64_t i = k; i < kp; i++) codes[i] = 0;
-        for (int64_t g = 0; g < groups; g++) panel.sums[t * groups + g] = sum_int8(codes + g * p.group, p.group);
-        if (panel.tokens == 1) {
-            memcpy(panel.data, codes, kp);
-            return;
-        }
+        const int64_t kp = padded(p);
+        if (panel.tokens == 1) return quantize(p, row, (int8_t*)panel.data, kp, t, panel);
+        int8_t* codes = (int8_t*)buffer.at_least(kp);
+        quantize(p, row, codes, kp, t, panel);
         int32_t* out = (int32_t*)panel.data + t;
         for (int64_t i = 0; i < kp / 4; i++) memcpy(out + i * panel.tokens, codes + 4 * i, 4);
-    }
-};
-
-// Shared by the float kernels without bf16 arithmetic: float32 tokens, [K, tokens].
-struct FloatPanels {
-    using Acc = float;
-    static constexpr bool kInteger = false;
-    static int64_t padded(const Problem& p) { return round_up(p.k, 8); }
-    static int64_t panel_bytes(const Problem& p) { return 4 * padded(p); }
-
-    static void gather(const Problem& p, const char* row, int t, const Panel<Acc>& panel) {
-        static thread_local Scratch buffer;
-        const int64_t k = p.k, kp = padded(p), groups = k / p.group;
-        float* values = (float*)buffer.at_least(kp * 4);
-        to_float(values, row, k, p.dtype);
-        for (int64_t i = k; i < kp; i++) values[i] = 0;
-        for (int64_t g = 0; g < groups; g++) panel.sums[t * groups + g] = sum_float(values + g * p.group, p.group);
-        float* out = (float*)panel.data + t;
-        for (int64_t i = 0; i < kp; i++) out[i * panel.tokens] = values[i];
     }
 };
 

@@ -1,43 +1,57 @@
 // What the translation units share: the description of one call and the table of kernels of one instruction set.
 //
 // Words: M tokens, N out features, K in features, G group length along K. Weights are stored in blocks of 32 rows
-// (two 512-bit registers of 16 rows); N is padded to whole blocks, so a block is always complete in memory.
+// (two 512-bit registers of 16 rows); N is padded to whole blocks, so a block is always complete in memory. Several
+// layers that read the same tokens can lie one after the other in one weight; each then has an output of its own.
 #pragma once
 #include <cstdint>
 
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
-constexpr int kRows = 32;  // rows per block
+constexpr int kRows = 32;         // rows per block
+constexpr int64_t kAhead = 2048;  // bytes of weights asked for ahead of use
+
+struct Output {
+    void* y;           // [M, n] of the problem's dtype
+    const void* bias;  // [n] of bias_dtype, or null
+    int64_t n;
+    int64_t bias_dtype;
+};
 
 struct Problem {
     const void* x;           // [M, K] of dtype
-    void* y;                 // [M, N] of dtype
-    const uint8_t* codes;    // see the layout notes of each kernel's Python wrapper
-    const void* scale;       // a8w4: uint8 [N/32, K/G, 2, 32] (s2, then o as int8); w4a16: float16 or float32 [N/32, K/G, 32]
-    const uint8_t* zero;     // w4a16: uint8 [N/32, K/G, 32], null when symmetric
-    const float* row_scale;  // a8w4, w8a8: [N]
-    const void* bias;        // [N] of bias_dtype, or null
-    int64_t m, n, k;
+    const uint8_t* codes;    // see kernels/cpu/layout.py
+    const void* scale;       // a8w4: uint8 [N/32, K/G, 2, 32] (s2, then o as int8); weight only: float16 or float32 [N/32, K/G, 32]
+    const uint8_t* zero;     // weight only: uint8 [N/32, K/G, 32], null when symmetric
+    const float* row_scale;  // a8w4, w8a8: [N], where every layer but the last fills whole blocks
+    const Output* outputs;   // [layers]
+    int64_t m, k;
+    int64_t blocks;          // of all layers
     int64_t group;           // K itself when there is one group per row
-    DType dtype, bias_dtype;
-    bool scale_is_f32;       // w4a16
+    DType dtype;
+    bool scale_is_f32;       // weight only
+    int bits;                // weight only: 2, 3, 4 or 8
 };
 
 struct KernelTable {
     void (*a8w4)(const Problem&);
     void (*w8a8)(const Problem&);
-    void (*w4a16)(const Problem&);
+    void (*weight_only)(const Problem&);
 };
 
 // Each is defined by one translation unit, compiled with that unit's own instruction set flags.
 void portable_a8w4(const Problem&);
 void portable_w8a8(const Problem&);
-void portable_w4a16(const Problem&);
+void portable_weight_only(const Problem&);
 #if defined(__x86_64__)
 void avx2_a8w4(const Problem&);
 void avx2_w8a8(const Problem&);
-void avx2_w4a16(const Problem&);
+void avx2_weight_only(const Problem&);
 void avx512_a8w4(const Problem&);
 void avx512_w8a8(const Problem&);
-void avx512bf16_w4a16(const Problem&);
+void avx512_weight_only(const Problem&);
+void avx512bf16_weight_only(const Problem&);
+void amx_a8w4(const Problem&);
+void amx_w8a8(const Problem&);
+void amx_weight_only(const Problem&);
 #endif

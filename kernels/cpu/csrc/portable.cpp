@@ -1,14 +1,14 @@
 // The three kernels in plain C++ for any processor: codes of eight k are spread out to [8, 32 rows], then every loop
 // runs over rows with a constant bound, which compilers vectorize for whatever they target.
-#include "driver.h"
+#include "weights.h"
 
 namespace {
 
 struct A8W4 : IntegerPanels {
-    static constexpr bool kHasMany = false;
-    static void many(const Problem&, int64_t, const Panel<int32_t>*, int, int32_t*) {}
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
 
-    template <int MT>
+    template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
         const int64_t groups = p.k / p.group;
         const uint8_t* w = p.codes + block * p.k * (kRows / 2);
@@ -38,10 +38,10 @@ struct A8W4 : IntegerPanels {
 };
 
 struct W8A8 : IntegerPanels {
-    static constexpr bool kHasMany = false;
-    static void many(const Problem&, int64_t, const Panel<int32_t>*, int, int32_t*) {}
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
 
-    template <int MT>
+    template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<int32_t>& panel, int32_t* out) {
         const uint8_t* w = p.codes + block * padded(p) * kRows;
         const int8_t* x = (const int8_t*)panel.data;
@@ -59,38 +59,42 @@ struct W8A8 : IntegerPanels {
     }
 };
 
-struct W4A16 : FloatPanels {
-    static constexpr bool kHasMany = false;
-    static void many(const Problem&, int64_t, const Panel<float>*, int, float*) {}
+template <int BITS>
+struct WeightOnly : FloatPanels<BITS> {
+    using S = Stored<BITS>;
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
 
-    template <int MT>
+    template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
-        const int64_t groups = p.k / p.group, length = groups == 1 ? padded(p) : p.group;
-        const uint8_t* w = p.codes + block * padded(p) * (kRows / 2);
+        const int64_t groups = p.k / p.group;
+        const uint8_t* w = S::at(p, block, 0);
         const float* x = (const float*)panel.data;
         for (int i = 0; i < MT * kRows; i++) out[i] = 0;
         for (int64_t g = 0; g < groups; g++) {
             float part[MT][kRows] = {};
-            for (int64_t i = 0; i < length / 8; i++, w += 128, x += 8 * MT) {
-                float codes[8][kRows];  // byte 0 holds k = 0 2, byte 1 k = 4 6, byte 2 k = 1 3, byte 3 k = 5 7
-                for (int b = 0; b < 4; b++)
+            for (int64_t i = 0; i < S::length(p) / S::kUnit; i++, w += S::kUnitBytes, x += S::kUnit * MT) {
+                uint32_t word[kRows];
+                uint16_t tops[kRows] = {};
+                memcpy(word, w, sizeof word);
+                if (BITS == 3) memcpy(tops, w + sizeof word, sizeof tops);
+                for (int k = 0; k < S::kUnit; k++) {
+                    float code[kRows];
                     for (int r = 0; r < kRows; r++) {
-                        const int k = b % 2 * 4 + b / 2;
-                        codes[k][r] = (float)((w[4 * r + b] & 15) - 8);
-                        codes[k + 2][r] = (float)((w[4 * r + b] >> 4) - 8);
+                        int q = (word[r] >> S::shift(k)) & ((1u << S::kLow) - 1);
+                        if (BITS == 3) q += (tops[r] >> S::top(k) & 1) << 2;
+                        code[r] = (float)(q - S::kCenter);
                     }
-                for (int t = 0; t < MT; t++)
-                    for (int k = 0; k < 8; k++) {
-                        const float v = x[k * MT + t];
-                        for (int r = 0; r < kRows; r++) part[t][r] += codes[k][r] * v;
-                    }
+                    for (int t = 0; t < MT; t++)
+                        for (int r = 0; r < kRows; r++) part[t][r] += code[r] * x[k * MT + t];
+                }
             }
             const int64_t index = (block * groups + g) * kRows;
             float scale[kRows];
             to_float(scale, (const char*)p.scale + index * (p.scale_is_f32 ? 4 : 2), kRows, p.scale_is_f32 ? kF32 : kF16);
             for (int t = 0; t < MT; t++)
                 for (int r = 0; r < kRows; r++) {
-                    const float zero = p.zero ? (float)(p.zero[index + r] - 8) : 0.0f;
+                    const float zero = p.zero ? (float)(p.zero[index + r] - S::kCenter) : 0.0f;
                     out[t * kRows + r] += scale[r] * (part[t][r] - zero * panel.sums[t * groups + g]);
                 }
         }
@@ -101,4 +105,4 @@ struct W4A16 : FloatPanels {
 
 void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
-void portable_w4a16(const Problem& p) { run<W4A16>(p); }
+void portable_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }
