@@ -29,6 +29,8 @@ _SIGNATURES = {
     "lowbit_w8a8": (_P, _I, _L, _L, _P, _I, _P, _P),
     "lowbit_weight_only": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
     "lowbit_read": (_P, _L),
+    "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),
+    "lowbit_append": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _I),
 }
 
 

@@ -1,4 +1,5 @@
 // The plain C interface, and the choice of instruction set at run time.
+#include "attention.h"
 #include "lowbit.h"
 #if defined(_OPENMP)
 #include <omp.h>
@@ -49,6 +50,16 @@ KernelTable table_of(Isa isa) {
     return {portable_a8w4, portable_w8a8, portable_weight_only};
 }
 
+AttentionTable attention_of(Isa isa) {
+#if defined(__x86_64__)
+    if (isa >= kAvx512 && __builtin_cpu_supports("avx512bf16")) return {avx512bf16_attend, avx512bf16_append};
+    if (isa >= kAvx2) return {avx2_attend, avx2_append};
+#endif
+    (void)isa;
+    return {portable_attend, portable_append};
+}
+
+AttentionTable attention = {portable_attend, portable_append};
 KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only};
 
 int64_t blocks_of(const Output* outputs, int count) {
@@ -66,6 +77,7 @@ extern "C" {
 int lowbit_select(int isa) {
     if (isa < kPortable || isa > kAmx || !has((Isa)isa)) return -1;
     table = table_of((Isa)isa);
+    attention = attention_of((Isa)isa);
     return 0;
 }
 
@@ -117,6 +129,23 @@ void lowbit_weight_only(const void* x, int dtype, int64_t m, int64_t k, const Ou
                         const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group) {
     table.weight_only({x, (const uint8_t*)codes, scale, (const uint8_t*)zero, nullptr, outputs, m, k, blocks_of(outputs, count),
                        group, (DType)dtype, scale_is_f32 != 0, bits});
+}
+
+// Pointers as in Attention; sizes: batch, heads, kv_heads, tokens, keys, dim, then strides of q, k, v (batch, head, token).
+void lowbit_attention(const void* q, const void* k, const void* v, void* y, const void* k_scale, const void* v_scale,
+                      const void* k_channel, const void* first, const int64_t* sizes, int64_t start, float scale, int dtype) {
+    const int64_t* s = sizes;
+    attention.attend({q, k, v, y, (const float*)k_scale, (const float*)v_scale, (const float*)k_channel, (const int64_t*)first,
+                      {s[6], s[7], s[8]}, {s[9], s[10], s[11]}, {s[12], s[13], s[14]}, s[0], s[1], s[2], s[3], s[4], s[5],
+                      start, scale, (DType)dtype});
+}
+
+// Pointers as in Append; sizes: batch, kv_heads, tokens, keys, dim, then strides of k, v (batch, head, token).
+void lowbit_append(const void* k, const void* v, void* k_cache, void* v_cache, void* k_scale, void* v_scale,
+                   const void* k_channel, const int64_t* sizes, int64_t start, int dtype) {
+    const int64_t* s = sizes;
+    attention.append({k, v, k_cache, v_cache, (float*)k_scale, (float*)v_scale, (const float*)k_channel, {s[5], s[6], s[7]},
+                      {s[8], s[9], s[10]}, s[0], s[1], s[2], s[3], s[4], start, (DType)dtype});
 }
 }
 #pragma GCC visibility pop
