@@ -56,6 +56,7 @@ def compile_program(
     arch: int | str,
     warps: int,
     stages: int,
+    fusion: bool = False,
 ) -> Binary:
     """Compile one Triton program for sm_`arch`, or for an AMD architecture such as "gfx942".
 
@@ -76,7 +77,7 @@ def compile_program(
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True  # a third of the size, same code

@@ -1,0 +1,119 @@
+"""Device layouts of all GPU kernels: "split slices". Canonical codes [N, K] <-> planes of bytes and parameter words.
+
+K is cut into blocks of SLICES * SLICE. Byte j of a row of a block holds the codes of k = SLICE * i + j for every slice i, each
+slice in its own bit field: a field of a 32-bit word belongs to one slice of activations, so that unpacking needs no shuffle.
+
+    weight  uint8 [blocks * PLANES * N + slack, SLICE]    a tile of rows is one contiguous run of memory
+    words   int32 [blocks * GROUPS * N + slack]           the parameters of a group, see `jit/unpack.py`; GROUPS per block
+
+SLICE is a multiple of 16 bytes, and the slack lets a tile that sticks out of N read without a mask. K is padded with code 0:
+tokens are zero there. Where MIXED, the k of a 4-byte word are in the order 0, 2, 1, 3 (see `jit/fragments.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WIDEST = 128  # largest BN of any tile: the slack, in rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What one storage looks like. fields[i]: where slice i lies, as (plane, first bit of the code, bits, first bit of the byte)."""
+
+    name: str  # of the function in `jit/unpack.py`
+    bits: int
+    planes: int
+    fields: tuple[tuple[tuple[int, int, int, int], ...], ...]
+    integer: bool = False  # int8 tokens, int32 sums
+    mixed: bool = False
+    parameters: bool = True  # words are there
+    # (SLICE, GROUPS): the first whose groups of SLICES * SLICE / GROUPS divide the group length is taken
+    blockings: tuple[tuple[int, int], ...]
+
+    @property
+    def slices(self) -> int:
+        return len(self.fields)
+
+    def blocking(self, group: int) -> tuple[int, int] | None:
+        """(SLICE, GROUPS) for a group length, -1 for one group per row; None where no blocking fits."""
+        fits = ((s, g) for s, g in self.blockings if group == -1 or group % (s * self.slices // g) == 0)
+        return next(fits, None)
+
+
+NIBBLES = (((0, 0, 4, 0),), ((0, 0, 4, 4),))
+BYTES = (((0, 0, 8, 0),),)
+PAIRS = tuple(((0, 0, 2, 2 * i),) for i in range(4))
+TRIPLES = tuple(((i // 4, 0, 2, 2 * (i % 4)), (2, 2, 1, 2 * (i % 4) + 1 - i // 4)) for i in range(8))
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy(name="dual4", bits=4, planes=1, fields=NIBBLES, integer=True, blockings=((64, 1),)),
+        Policy(name="dual4_pair", bits=4, planes=1, fields=NIBBLES, integer=True, blockings=((64, 2), (32, 2))),
+        Policy(name="bytes8", bits=8, planes=1, fields=BYTES, integer=True, parameters=False, blockings=((128, 1),)),
+        Policy(name="int2", bits=2, planes=1, fields=PAIRS, mixed=True, blockings=((32, 1), (16, 1), (16, 2))),
+        Policy(name="int3", bits=3, planes=3, fields=TRIPLES, mixed=True, blockings=((16, 1), (16, 2), (16, 4))),
+        Policy(name="int4", bits=4, planes=1, fields=NIBBLES, mixed=True, blockings=((64, 1), (32, 1), (16, 1))),
+        Policy(name="int8", bits=8, planes=1, fields=BYTES, blockings=((128, 1), (64, 1), (32, 1))),
+    )
+}
+
+
+def blocks_of(policy: Policy, k: int, slice_: int) -> int:
+    return -(-k // (policy.slices * slice_))
+
+
+def pack_weight(codes: Tensor, policy: Policy, slice_: int) -> Tensor:
+    """uint8 codes [N, K] -> weight as at the head of this file."""
+    n, k = codes.shape
+    blocks = blocks_of(policy, k, slice_)
+    padded = torch.nn.functional.pad(codes, (0, blocks * policy.slices * slice_ - k))
+    parts = padded.view(n, blocks, policy.slices, slice_).permute(2, 1, 0, 3)  # [SLICES, blocks, N, SLICE]
+    if policy.mixed:
+        parts = parts.reshape(*parts.shape[:3], -1, 2, 2).transpose(-1, -2).reshape(parts.shape)
+    weight = codes.new_zeros(blocks * policy.planes * n + WIDEST, slice_)
+    planes = weight[: blocks * policy.planes * n].view(blocks, policy.planes, n, slice_)
+    for part, places in zip(parts, policy.fields, strict=True):
+        for plane, start, bits, at in places:
+            planes[:, plane] |= ((part >> start) & (2**bits - 1)) << at
+    return weight
+
+
+def unpack_weight(weight: Tensor, policy: Policy, n: int, k: int) -> Tensor:
+    """Exact inverse of `pack_weight`: uint8 codes [N, K]."""
+    slice_ = weight.shape[1]
+    blocks = blocks_of(policy, k, slice_)
+    planes = weight[: blocks * policy.planes * n].view(blocks, policy.planes, n, slice_)
+    parts = weight.new_zeros(policy.slices, blocks, n, slice_)
+    for part, places in zip(parts, policy.fields, strict=True):
+        for plane, start, bits, at in places:
+            part |= ((planes[:, plane] >> at) & (2**bits - 1)) << start
+    if policy.mixed:
+        parts = parts.reshape(policy.slices, blocks, n, -1, 2, 2).transpose(-1, -2).reshape(parts.shape)
+    return parts.permute(2, 1, 0, 3).reshape(n, -1)[:, :k].contiguous()
+
+
+def group_of_run(k: int, group: int, runs: int, run: int) -> Tensor:
+    """Group index of each of `runs` runs of `run` codes; runs of padding take the last group."""
+    return (torch.arange(runs) * run // group).clamp_max(k // group - 1)
+
+
+def to_words(values: Tensor) -> Tensor:
+    """int64 [N, rows] in 0..2^32 - 1 -> words int32 [rows * N + slack]."""
+    words = torch.zeros(values.numel() + WIDEST, dtype=torch.int32, device=values.device)
+    flat = values.t().reshape(-1)
+    words[: values.numel()] = torch.where(flat < 2**31, flat, flat - 2**32).to(torch.int32)
+    return words
+
+
+def from_words(words: Tensor, n: int) -> Tensor:
+    """Inverse of `to_words`: int64 [N, rows]."""
+    return words[: words.numel() - WIDEST].view(-1, n).t().to(torch.int64) & 0xFFFFFFFF
+
+
+def spread_zero(zero: Tensor, bits: int) -> Tensor:
+    """The zero point as the fields of one byte would hold it: 0x55 * z, 0x11 * z or z, for 2, 3 and 4, or 8 bits."""
+    return zero * {2: 0x55, 3: 0x11, 4: 0x11, 8: 1}[bits]

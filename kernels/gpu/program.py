@@ -1,0 +1,92 @@
+"""A launch as data. The JIT launch, the ahead-of-time compilation and a deployment bundle are all made from these objects.
+
+A `Program` is everything that decides machine code; a `Step` binds its arguments to named tensors and numbers and says how the
+grid follows from the number of tokens; a `Plan` is the steps of one operator and the scratch memory between them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Value = int | bool | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One compiled function. Hashable; all fields are plain values."""
+
+    name: str  # gemm, combine, quantize
+    signature: tuple[tuple[str, str], ...]  # run-time arguments in order with Triton types: ("x_ptr", "*bf16"), ("M", "i32")
+    constants: tuple[tuple[str, Value], ...]  # every other argument; UNPACK is the name of a policy
+    aligned: tuple[str, ...]  # arguments that are multiples of 16, pointers included: loads shrink without it
+    warps: int
+    stages: int
+    fusion: bool  # fused multiply-add allowed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One launch. grid = (ceil(M / rows), ceil(N / columns), splits); columns 0: one program per row tile."""
+
+    program: Program
+    arguments: tuple[tuple[str, str | int], ...]  # name -> tensor of the plan, or number; "M" stands for the tokens
+    rows: int
+    columns: int = 0
+    splits: int = 1
+    n: int = 0
+
+    def grid(self, m: int) -> tuple[int, int, int]:
+        return -(-m // self.rows), -(-self.n // self.columns) if self.columns else 1, self.splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch:
+    """A tensor that lives between steps: `per_token` elements for each token."""
+
+    name: str
+    dtype: str
+    per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Tensors: those of the caller (x, weight, words, row_scale, bias, divisor, y) and the scratch."""
+
+    steps: tuple[Step, ...]
+    scratch: tuple[Scratch, ...]
+
+
+@functools.cache
+def function(name: str) -> Any:
+    """The Triton function of a program."""
+    from quant.kernels.gpu.jit import activation, gemm
+
+    return {"gemm": gemm.gemm, "combine": gemm.combine, "quantize": activation.quantize_rows}[name]
+
+
+def constants(program: Program) -> dict[str, Any]:
+    """The constexpr arguments as Triton takes them: the policy's name becomes its function."""
+    from quant.kernels.gpu.jit import unpack
+
+    values: dict[str, Any] = dict(program.constants)
+    if "UNPACK" in values:
+        values["UNPACK"] = getattr(unpack, values["UNPACK"])
+    return values
+
+
+def run(plan: Plan, tensors: Mapping[str, Tensor], m: int) -> None:
+    """Launch every step on the current device; the outputs are among `tensors`. No synchronization."""
+    x = tensors["x"]
+    scratch = {s.name: torch.empty(m * s.per_token, dtype=getattr(torch, s.dtype), device=x.device) for s in plan.scratch}
+    known = {**tensors, **scratch}
+    for step in plan.steps:
+        values = {n: v if isinstance(v, int) else m if v == "M" else known[v] for n, v in step.arguments}
+        program = step.program
+        options = dict(num_warps=program.warps, num_stages=program.stages, enable_fp_fusion=program.fusion)
+        function(program.name)[step.grid(m)](**values, **constants(program), **options)
