@@ -27,7 +27,7 @@ def cpu_a8w4_multi(
     """
     x = x.contiguous()
     ys, arguments = library.arguments(x, codes.shape[1] * 8, codes.shape[0], biases, ns)
-    library.load().lowbit_a8w4(*arguments, codes.data_ptr(), scales.data_ptr(), group, row_scale.data_ptr())
+    library.load().lowbit_a8w4_multi(*arguments, codes.data_ptr(), scales.data_ptr(), group, row_scale.data_ptr())
     return ys
 
 

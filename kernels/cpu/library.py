@@ -25,9 +25,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # likewise
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
-    "lowbit_a8w4": (_P, _I, _L, _L, _P, _I, _P, _P, _L, _P),
-    "lowbit_w8a8": (_P, _I, _L, _L, _P, _I, _P, _P),
-    "lowbit_weight_only": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
+    "lowbit_a8w4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _L, _P),
+    "lowbit_w8a8_multi": (_P, _I, _L, _L, _P, _I, _P, _P),
+    "lowbit_weight_only_multi": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
     "lowbit_read": (_P, _L),
     "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),
     "lowbit_append": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _I),

@@ -27,7 +27,7 @@ def cpu_w8a8_multi(
     """
     x = x.contiguous()
     ys, arguments = library.arguments(x, k, codes.shape[0], biases, ns)
-    library.load().lowbit_w8a8(*arguments, codes.data_ptr(), row_scale.data_ptr())
+    library.load().lowbit_w8a8_multi(*arguments, codes.data_ptr(), row_scale.data_ptr())
     return ys
 
 

@@ -37,7 +37,7 @@ def cpu_weight_only_multi(
     """
     x = x.contiguous()
     ys, arguments = library.arguments(x, k, codes.shape[0], biases, ns)
-    library.load().lowbit_weight_only(
+    library.load().lowbit_weight_only_multi(
         *(*arguments, bits, codes.data_ptr(), scale.data_ptr(), scale.dtype == torch.float32),
         *(None if zero is None else zero.data_ptr(), group),
     )

@@ -113,22 +113,41 @@ int64_t lowbit_read(const void* p, int64_t bytes) {
 }
 
 // Dtypes: 0 float32, 1 bfloat16, 2 float16. Pointers and lengths as in Problem; `count` layers share x and the weight.
-void lowbit_a8w4(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
-                 const void* scale, int64_t group, const void* row_scale) {
+void lowbit_a8w4_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
+                       const void* scale, int64_t group, const void* row_scale) {
     table.a8w4({x, (const uint8_t*)codes, scale, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count), group,
                 (DType)dtype, false, 4});
 }
 
-void lowbit_w8a8(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
-                 const void* row_scale) {
+void lowbit_w8a8_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
+                       const void* row_scale) {
     table.w8a8({x, (const uint8_t*)codes, nullptr, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count), k,
                 (DType)dtype, false, 8});
 }
 
-void lowbit_weight_only(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, int bits,
-                        const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group) {
+void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, int bits,
+                              const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group) {
     table.weight_only({x, (const uint8_t*)codes, scale, (const uint8_t*)zero, nullptr, outputs, m, k, blocks_of(outputs, count),
                        group, (DType)dtype, scale_is_f32 != 0, bits});
+}
+
+// The same for one layer: y [M, N], bias [N] of bias_dtype or null.
+void lowbit_a8w4(const void* x, int dtype, void* y, int64_t m, int64_t n, int64_t k, const void* codes, const void* scale,
+                 int64_t group, const void* row_scale, const void* bias, int bias_dtype) {
+    const Output output = {y, bias, n, bias_dtype};
+    lowbit_a8w4_multi(x, dtype, m, k, &output, 1, codes, scale, group, row_scale);
+}
+
+void lowbit_w8a8(const void* x, int dtype, void* y, int64_t m, int64_t n, int64_t k, const void* codes, const void* row_scale,
+                 const void* bias, int bias_dtype) {
+    const Output output = {y, bias, n, bias_dtype};
+    lowbit_w8a8_multi(x, dtype, m, k, &output, 1, codes, row_scale);
+}
+
+void lowbit_weight_only(const void* x, int dtype, void* y, int64_t m, int64_t n, int64_t k, int bits, const void* codes,
+                        const void* scale, int scale_is_f32, const void* zero, int64_t group, const void* bias, int bias_dtype) {
+    const Output output = {y, bias, n, bias_dtype};
+    lowbit_weight_only_multi(x, dtype, m, k, &output, 1, bits, codes, scale, scale_is_f32, zero, group);
 }
 
 // Pointers as in Attention; sizes: batch, heads, kv_heads, tokens, keys, dim, then strides of q, k, v (batch, head, token).
