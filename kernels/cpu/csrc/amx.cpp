@@ -3,29 +3,11 @@
 // A slice of weights as the AVX-512 kernels unpack it, four bytes of k side by side in each row's lane, is already what
 // the second operand of a tile product must look like, and a token stored plainly is what the first must look like. A
 // panel is 32 tokens; 2 x 2 tiles of sums stay in registers over a slice. Few tokens take the AVX-512 way.
+#include "amxtile.h"
 #include "avx512integer.h"
 #include "avx512unpack.h"
 
 namespace {
-
-// The compiler's tile operations do not tell it that they read and write memory.
-inline void settle(const void* at) { asm volatile("" : : "r"(at) : "memory"); }
-
-// Tile registers: sums 0 1 / 2 3, tokens 4 5, rows 6 7, each 16 rows of 64 bytes. Released at the end of the scope, as
-// other libraries of the process configure tiles of their own.
-struct Tiles {
-    struct alignas(64) Config {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    Tiles() {
-        const Config config;
-        settle(&config);
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() { _tile_release(); }
-};
 
 constexpr int kPanel = 32;
 constexpr int kStride = kRows * 4;  // bytes from one token's sums to the next, and from one k of the slice to the next

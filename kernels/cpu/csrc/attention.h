@@ -47,4 +47,6 @@ void avx2_attend(const Attention&);
 void avx2_append(const Append&);
 void avx512bf16_attend(const Attention&);
 void avx512bf16_append(const Append&);
+void amx_attend(const Attention&);
+void amx_append(const Append&);
 #endif

@@ -14,20 +14,6 @@ constexpr int kBlockRows = kRegs * kWidth;
 constexpr int kTile = 64;                            // keys per step of the running softmax
 constexpr int kReach = sizeof(Vec) == 64 ? 8 : 4;    // keys, or values of D, in registers at once: kReach * kRegs sums
 
-struct FloatUnits {
-    static constexpr bool kPairs = false;
-    static constexpr int kKeys = 1;  // keys per unit of V
-    static Vec dot(Vec sum, Vec a, Vec b) { return fused(a, b, sum); }
-};
-
-#if defined(__AVX512BF16__)
-struct PairUnits {
-    static constexpr bool kPairs = true;
-    static constexpr int kKeys = 2;
-    static Vec dot(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-#endif
-
 struct Operands {
     const char *k, *v;               // from the first key that is seen
     int64_t k_row, v_row;            // bytes from key to key, and from unit to unit of V
@@ -74,6 +60,49 @@ inline void weigh(const float* weights, const char* v, int64_t v_row, int64_t un
     for (int j = 0; j < DB; j++)
         for (int i = 0; i < kRegs; i++) store_vec(o + (j * kRegs + i) * kWidth, sum[j][i]);
 }
+
+// An engine M supplies the two products of a tile, and the layout of V. This one broadcasts.
+template <class M>
+struct Broadcast {
+    struct Scope {};  // what a thread holds while it works
+
+    // s [n, rows] = the scores of keys [k0, k0 + n).
+    static void score_tile(const float* q, const Operands& in, int64_t k0, int n, int64_t dim, float* s) {
+        for (int j = 0; j < n; j += kReach) {
+            const char* keys[kReach];
+            for (int i = 0; i < kReach; i++) keys[i] = in.k + (k0 + (j + i < n ? j + i : n - 1)) * in.k_row;
+            scores<M, kReach>(q, keys, M::kPairs ? dim / 2 : dim, s + j * kBlockRows);
+        }
+    }
+
+    // o [D, rows] = o * alpha + the values of these keys times the weights in s.
+    static void weigh_tile(const float* s, const Operands& in, int64_t k0, int n, int64_t dim, const Vec* alpha, float* o) {
+        const char* v = in.v + k0 / M::kKeys * in.v_row;
+        for (int64_t d = 0; d < dim; d += kReach)
+            weigh<M, kReach>(s, v + 4 * d, in.v_row, ceil_div(n, M::kKeys), alpha, o + d * kBlockRows);
+    }
+
+    // Two bfloat16 rows of V, zero where there is no key, side by side.
+    static void store_values(char* to, const uint16_t (*rows)[kMaxDim], int64_t dim) {
+        uint32_t* out = (uint32_t*)to;
+        for (int64_t d = 0; d < dim; d++) out[d] = rows[0][d] | (uint32_t)rows[1][d] << 16;
+    }
+};
+
+struct FloatUnits : Broadcast<FloatUnits> {
+    static constexpr bool kPairs = false;
+    static constexpr int kKeys = 1;   // keys per unit of V
+    static constexpr int kGroup = 2;  // keys that are laid out together
+    static Vec dot(Vec sum, Vec a, Vec b) { return fused(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+struct PairUnits : Broadcast<PairUnits> {
+    static constexpr bool kPairs = true;
+    static constexpr int kKeys = 2, kGroup = 2;
+    static Vec dot(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
 
 inline void store_weights(float* to, Vec even, Vec odd) {
 #if defined(__AVX512BF16__)
@@ -127,6 +156,7 @@ inline Vec softmax_step(float* s, int n, bool masked, Vec limit, Vec c, Vec& top
 template <class M>
 inline void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t row0, const Operands& in) {
     alignas(64) float q[kMaxDim * kBlockRows], o[kMaxDim * kBlockRows], s[kTile * kBlockRows];
+    alignas(64) float rows_of_q[kBlockRows][kMaxDim];
     const int64_t group = p.heads / p.kv_heads, first = first_of(p, b), size = element_size(p.dtype);
     const int64_t rows = min64(kBlockRows, group * p.tokens - row0), units = M::kPairs ? p.dim / 2 : p.dim;
     float limits[kBlockRows];
@@ -137,38 +167,33 @@ inline void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t
         least = min64(least, sees);
         most = sees > most ? sees : most;
         const char* from = at(p.q, p.q_stride, b, kv_head * group + row % group, row / group, size);
-        float values[kMaxDim];
-        if (M::kPairs && p.dtype == kBF16)
-            memcpy(values, from, p.dim * 2);
+        if (M::kPairs)
+            memcpy(rows_of_q[r], from, p.dim * 2);
         else
-            to_float(values, from, p.dim, p.dtype);
-        for (int64_t u = 0; u < units; u++) q[u * kBlockRows + r] = values[u];
+            to_float(rows_of_q[r], from, p.dim, p.dtype);
     }
+    transpose(q, kBlockRows, rows_of_q[0], kMaxDim, kBlockRows, units);
     for (int64_t i = 0; i < p.dim * kBlockRows; i++) o[i] = 0;
     Vec top[kRegs], total[kRegs], alpha[kRegs];
     for (int i = 0; i < kRegs; i++) top[i] = spread(-1e30f), total[i] = Vec{};  // finite: -inf - -inf would be NaN
     const Vec c = spread(p.scale * 1.44269504088896f);
     for (int64_t k0 = 0; k0 < most; k0 += kTile) {
-        const int n = (int)min64(kTile, most - k0), units_of_v = (int)ceil_div(n, M::kKeys);
-        for (int j = 0; j < n; j += kReach) {
-            const char* keys[kReach];
-            for (int i = 0; i < kReach; i++) keys[i] = in.k + (k0 + (j + i < n ? j + i : n - 1)) * in.k_row;
-            scores<M, kReach>(q, keys, units, s + j * kBlockRows);
-        }
+        const int n = (int)min64(kTile, most - k0);
+        M::score_tile(q, in, k0, n, p.dim, s);
         for (int i = 0; i < kRegs; i++) {
             const Vec limit = load(limits + i * kWidth) - spread((float)k0);
             alpha[i] = softmax_step<M>(s + i * kWidth, n, k0 + n > least, limit, c, top[i], total[i]);
         }
-        const char* v = in.v + k0 / M::kKeys * in.v_row;
-        for (int64_t d = 0; d < p.dim; d += kReach)
-            weigh<M, kReach>(s, v + 4 * d, in.v_row, units_of_v, alpha, o + d * kBlockRows);
+        M::weigh_tile(s, in, k0, n, p.dim, alpha, o);
     }
-    float sums[kBlockRows], out[kMaxDim];
+    float sums[kBlockRows];
     for (int i = 0; i < kRegs; i++) store_vec(sums + i * kWidth, total[i]);
+    auto& out = rows_of_q;
+    transpose(out[0], kMaxDim, o, kBlockRows, p.dim, kBlockRows);
     for (int64_t r = 0; r < rows; r++) {
-        const float inverse = limits[r] > 0 ? 1.0f / sums[r] : 0.0f;  // a row that sees no key is zero
-        for (int64_t d = 0; d < p.dim; d++) out[d] = limits[r] > 0 ? o[d * kBlockRows + r] * inverse : 0.0f;
-        from_float(output_of(p, b, kv_head * group + (row0 + r) % group, (row0 + r) / group), out, p.dim, p.dtype);
+        const float inverse = limits[r] > 0 ? 1.0f / sums[r] : 0.0f;
+        for (int64_t d = 0; d < p.dim; d++) out[r][d] = limits[r] > 0 ? out[r][d] * inverse : 0.0f;  // sees no key: zero
+        from_float(output_of(p, b, kv_head * group + (row0 + r) % group, (row0 + r) / group), out[r], p.dim, p.dtype);
     }
 }
 
@@ -182,13 +207,13 @@ inline void pack_row(char* to, const float* from, int64_t dim, bool pairs) {
     from_float(to, from, dim, pairs ? kBF16 : kF32);
 }
 
-// Keys [k0, k0 + 2) of one head as M wants them: K in rows of units, V in units. What is there already is left alone.
+// Keys [k0, k0 + count) of one head, a group, as M wants them. What is there already is left alone.
 template <class M>
 inline void unpack_keys(const Attention& p, int64_t b, int64_t head, int64_t k0, int64_t count, char* k, char* v, bool k_ready) {
     const int64_t first = first_of(p, b), size = p.k_scale ? 1 : element_size(p.dtype), width = M::kPairs ? 2 : 4;
     const int64_t scales = (b * p.kv_heads + head) * p.keys + first;
     float row[kMaxDim];
-    uint16_t pair[2][kMaxDim] = {};
+    uint16_t values[M::kGroup][kMaxDim];
     for (int64_t i = 0; i < count; i++) {
         const int64_t key = k0 + i;
         if (!k_ready) {
@@ -197,37 +222,37 @@ inline void unpack_keys(const Attention& p, int64_t b, int64_t head, int64_t k0,
             pack_row(k + key * p.dim * width, row, p.dim, M::kPairs);
         }
         const char* from = at(p.v, p.v_stride, b, head, first + key, size);
-        if (M::kPairs && !p.v_scale && p.dtype == kBF16) {
-            memcpy(pair[i], from, p.dim * 2);
+        if (M::kPairs && !p.v_scale) {
+            memcpy(values[i], from, p.dim * 2);
             continue;
         }
         unpack_row(row, from, p.dim, p.dtype, p.v_scale ? p.v_scale + scales + key : nullptr, nullptr);
-        pack_row(M::kPairs ? (char*)pair[i] : v + key * p.dim * 4, row, p.dim, M::kPairs);
+        pack_row(M::kPairs ? (char*)values[i] : v + key * p.dim * 4, row, p.dim, M::kPairs);
     }
-    if (M::kPairs) {
-        uint32_t* to = (uint32_t*)(v + k0 / 2 * p.dim * 4);
-        for (int64_t d = 0; d < p.dim; d++) to[d] = pair[0][d] | (uint32_t)pair[1][d] << 16;
-    }
+    if (!M::kPairs) return;
+    for (int64_t i = count; i < M::kGroup; i++) memset(values[i], 0, p.dim * 2);
+    M::store_values(v + k0 * p.dim * 2, values, p.dim);
 }
 
 template <class M>
 inline void attend_many(const Attention& p, int threads) {
     const int64_t group = p.heads / p.kv_heads, blocks = ceil_div(group * p.tokens, kBlockRows);
-    const bool plain = !p.k_scale && p.dtype == kF32, k_ready = plain || (M::kPairs && !p.k_scale && p.dtype == kBF16);
+    const bool plain = !p.k_scale && p.dtype == kF32, k_ready = plain || (M::kPairs && !p.k_scale);
     const int64_t size = p.k_scale ? 1 : element_size(p.dtype);
     for (int64_t b = 0; b < p.batch; b++) {
-        const int64_t first = first_of(p, b), seen = visible(p, first, p.tokens - 1), pairs = ceil_div(seen, 2);
-        const int64_t head_bytes = round_up(pairs * 2 * p.dim * (M::kPairs ? 2 : 4), 64);
+        const int64_t first = first_of(p, b), seen = visible(p, first, p.tokens - 1), places = ceil_div(seen, M::kGroup);
+        const int64_t head_bytes = round_up(places * M::kGroup * p.dim * (M::kPairs ? 2 : 4), 64);
         char* memory = plain ? nullptr : scratch().at_least(2 * p.kv_heads * head_bytes);
         const auto k_of = [=](int64_t head) { return memory + 2 * head * head_bytes; };
         if (!plain)
-            parallel(threads, p.kv_heads * pairs, [&](int64_t begin, int64_t end) {
+            parallel(threads, p.kv_heads * places, [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) {
-                    const int64_t head = i / pairs, k0 = i % pairs * 2;
-                    unpack_keys<M>(p, b, head, k0, min64(2, seen - k0), k_of(head), k_of(head) + head_bytes, k_ready);
+                    const int64_t head = i / places, k0 = i % places * M::kGroup;
+                    unpack_keys<M>(p, b, head, k0, min64(M::kGroup, seen - k0), k_of(head), k_of(head) + head_bytes, k_ready);
                 }
             });
         parallel(threads, threads, [&](int64_t begin, int64_t end) {
+            [[maybe_unused]] const typename M::Scope scope{};
             for (int64_t id = begin; id < end; id++)  // in turns: under a causal mask later blocks are longer
                 for (int64_t task = id; task < p.kv_heads * blocks; task += threads) {
                     const int64_t head = task / blocks, width = M::kPairs ? 2 : 4;

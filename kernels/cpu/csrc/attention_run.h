@@ -5,9 +5,13 @@
 
 namespace {
 
+inline int threads_for(const Attention& p) {
+    return p.batch * p.heads * p.tokens * p.keys * p.dim < kSerialWork ? 1 : max_threads();
+}
+
 inline void attend(const Attention& p) {
     const int64_t rows = p.heads / p.kv_heads * p.tokens;
-    const int threads = p.batch * p.heads * p.tokens * p.keys * p.dim < kSerialWork ? 1 : max_threads();
+    const int threads = threads_for(p);
     if (rows <= kFewRows && p.dim % kWidth == 0) {
         if (p.k_scale) return attend_few<FromI8>(p, threads);
         switch (p.dtype) {

@@ -94,6 +94,46 @@ inline Vec exp2_of(Vec x) {
     return x < lowest ? Vec{} : y * (Vec)power;
 }
 
+// to [columns, rows] = from [rows, columns] transposed. Rows and columns beyond whole blocks go one by one.
+inline void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t columns) {
+    int64_t whole_rows = 0, whole_columns = 0;
+#if defined(__AVX512F__)
+    whole_rows = rows / 16 * 16, whole_columns = columns / 16 * 16;
+    for (int64_t r = 0; r < whole_rows; r += 16)
+        for (int64_t c = 0; c < whole_columns; c += 16) {
+            __m512 a[16], b[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + (r + i) * from_row + c);
+#pragma GCC unroll 8
+            for (int i = 0; i < 16; i += 2) {
+                b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+                b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) {  // a[i + c] holds column c of each quarter, of rows i to i + 3
+                    const __m512d x = _mm512_castps_pd(b[i + j]), y = _mm512_castps_pd(b[i + j + 2]);
+                    a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+                    a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+                }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                const __m512 low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xDD);
+                const __m512 high = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+                const __m512 last = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xDD);
+                float* out = to + (c + i) * to_row + r;
+                _mm512_storeu_ps(out, _mm512_shuffle_f32x4(low, high, 0x88));
+                _mm512_storeu_ps(out + 4 * to_row, _mm512_shuffle_f32x4(odd, last, 0x88));
+                _mm512_storeu_ps(out + 8 * to_row, _mm512_shuffle_f32x4(low, high, 0xDD));
+                _mm512_storeu_ps(out + 12 * to_row, _mm512_shuffle_f32x4(odd, last, 0xDD));
+            }
+        }
+#endif
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; c++) to[c * to_row + r] = from[r * from_row + c];
+}
+
 // A vector of consecutive values in another dtype.
 struct FromF32 {
     static constexpr int64_t kBytes = 4;

@@ -52,6 +52,7 @@ KernelTable table_of(Isa isa) {
 
 AttentionTable attention_of(Isa isa) {
 #if defined(__x86_64__)
+    if (isa == kAmx) return {amx_attend, amx_append};
     if (isa >= kAvx512 && __builtin_cpu_supports("avx512bf16")) return {avx512bf16_attend, avx512bf16_append};
     if (isa >= kAvx2) return {avx2_attend, avx2_append};
 #endif
