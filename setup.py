@@ -102,6 +102,13 @@ setup(
         "soxr>=0.5,<2",  # audio of other sample rates
     ],
     extras_require={
+        "rivals": [  # other programs that `quantize bench --rivals` measures
+            "llama-cpp-python>=0.3.30,<0.4",
+            "torchao>=0.17,<0.20",
+            "ctranslate2>=4.6,<5",
+            "faster-whisper>=1.1,<2",
+        ],
+        "figures": ["matplotlib>=3.9,<4"],  # quant.eval.roofline
         "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "build>=1.2", "setuptools>=77"]
     },
 )

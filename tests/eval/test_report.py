@@ -75,7 +75,9 @@ def test_refusals(folder, text, tmp_path):
 def test_speed_table_and_spread():
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(median=2.0, q1=1.5, q3=2.5)
     one = Side(
+        name="model",
         model="small",
+        numbers="bfloat16",
         weight_bytes=10**6,
         load_s=1.0,
         bare_rss_bytes=10**8,
@@ -93,13 +95,23 @@ def test_speed_table_and_spread():
         warmup=0,
         versions={"torch": "x"},
         model=one,
-        against=replace(one, peak_rss_bytes=6 * 10**8),
-        ratios={"decode_tokens_per_s": Spread.of([1.5])},
+        others=(replace(one, name="rival", peak_rss_bytes=6 * 10**8, ratios={"decode_tokens_per_s": Spread.of([1.5])}),),
+        absent={"other": "not installed"},
     )
     shown = rendered(report.show_speed, result)
-    for part in ("30 [30, 30]", "1.5 [1.5, 1.5]", "300.0 MB", "0.5", "2 threads", "bfloat16", "torch x"):
+    for part in (
+        "30 [30, 30]",
+        "1.5 [1.5, 1.5]",
+        "300.0 MB",
+        "500.0 MB",
+        "other: not measured, not installed",
+        "2 threads",
+        "bfloat16",
+        "torch x",
+    ):
         assert part in shown
-    assert json.loads(report.as_json(result)) == asdict(result)
+    read = json.loads(report.as_json(result))
+    assert read | {"others": tuple(read["others"])} == asdict(result)
 
 
 def test_harness_on_a_local_task(folder, tmp_path, monkeypatch):
