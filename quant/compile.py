@@ -108,7 +108,12 @@ def run_block(
     del running
 
     view = BlockView(
-        name, block, groups, lambda: run_float32(block, chains["quant"]), lambda param: weights.dtype(plan.disk[param])
+        name,
+        block,
+        groups,
+        run=lambda: run_float32(block, chains["quant"]),
+        stored_dtype=lambda param: weights.dtype(plan.disk[param]),
+        schemes={n: (t.format, t.activation) for n, t in targets.items()},
     )
     refused: dict[str, str] = {}
     for step in passes:

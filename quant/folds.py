@@ -7,7 +7,7 @@ the output is undone and reported. So an architecture that reads a norm's output
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.format import Format
 from quant.stats import InputStats
 
 FEEDS = {"down_proj": "up_proj", "o_proj": "v_proj", "out_proj": "v_proj"}  # reader <- maker; linear in the maker's rows
@@ -32,13 +33,17 @@ class InputGroup:
 
 @dataclass
 class BlockView:
-    """A float32 block, its input groups, and `run`, which gives its output on a sample in float32."""
+    """A float32 block, its input groups, and `run`, which gives its output on a sample in float32.
+
+    schemes: format and activation rule that each linear will get. stored_dtype: of a parameter on disk.
+    """
 
     name: str
     block: nn.Module
     groups: list[InputGroup]
     run: Callable[[], Tensor]
     stored_dtype: Callable[[str], torch.dtype]
+    schemes: Mapping[str, tuple[Format, str]]
     changed: set[str] = field(default_factory=set)
 
     @cached_property

@@ -25,7 +25,7 @@ class Frozen(BaseModel):
 class Calibration(Frozen):
     """How much data: `tokens` in windows of `length` for text, `clips` for audio. source: as `--calib`."""
 
-    tokens: int = Field(default=16384, ge=1)
+    tokens: int = Field(default=32768, ge=1)
     length: int = Field(default=512, ge=8)
     clips: int = Field(default=40, ge=1)
     source: str | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 GRAM_BLOCK = 384
+ROWS_KEPT = 8  # tokens per sequence that are kept as they are
 
 
 @dataclass
@@ -18,6 +19,7 @@ class InputStats:
     drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; zero where no pass asks for it.
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
+    rows: a few whole tokens of each sequence, evenly spread: a list of [up to 8, K].
     tokens: tokens seen, padding excluded.
     """
 
@@ -25,6 +27,7 @@ class InputStats:
     drift: Tensor
     sample_absmax: list[Tensor] = field(default_factory=list)
     token_absmax: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
     tokens: int = 0
 
     @classmethod
@@ -41,6 +44,7 @@ class InputStats:
             size = here.abs()
             self.sample_absmax.append(size.amax(0))
             self.token_absmax.append(size.amax(1))
+            self.rows.append(here[:: -(-len(here) // ROWS_KEPT)])
             self.tokens += len(here)
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)
@@ -71,6 +75,7 @@ class InputStats:
         self.gram /= r.unsqueeze(0) * r.unsqueeze(1)
         self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
         self.sample_absmax = [a / r for a in self.sample_absmax]
+        self.rows = [x / r for x in self.rows]
 
     def require_finite(self, names: list[str]) -> None:
         """Raise ValueError naming the layers whose inputs held a NaN or an infinity, or that saw no token at all."""

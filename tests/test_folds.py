@@ -22,7 +22,7 @@ def view_of(name: str, block: nn.Module, chain: Chain, dtype: torch.dtype = torc
     targets = [f"{name}.{leaf}" for leaf, m in block.named_modules() if isinstance(m, nn.Linear)]
     samples = [Sample({}) for _ in chain.hidden]
     groups = capture(name, block, targets, Chain(list(chain.hidden), chain.calls), chain, samples)
-    return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: dtype)
+    return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: dtype, {})
 
 
 @pytest.fixture

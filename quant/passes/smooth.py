@@ -4,6 +4,8 @@ percentile  r_j = max(1, a_j / P), a_j the channel's absmax, P the k-th largest 
             move (DGQ, official code; left alone when P < 1e-4).
 migrate     r_j = a_j^strength / w_j^(1 - strength), w_j the absmax of column j over the readers (SmoothQuant, Xiao et al.,
             2023, equation 4).
+search      per group of readers, whichever of r = 1, percentile, and migrate at strengths 0.1 to 0.9 leaves the least output
+            error when weights and activations are quantized as they will be served, on calibration tokens that were kept.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from pydantic import Field
 from torch import Tensor
 
 from quant.folds import BlockView, InputGroup
+from quant.kernels.activation import fake_quantize
 from quant.passes.base import Transform
+
+STRENGTHS = tuple(i / 10 for i in range(1, 10))
 
 
 class Pass(Transform):
     """only: leaf names of the readers to smooth (empty: all that a fold can reach). skip: leaf names left alone."""
 
-    method: Literal["percentile", "migrate"] = "percentile"
+    method: Literal["percentile", "migrate", "search"] = "percentile"
     top: float = Field(0.005, gt=0, lt=1)
     strength: float = Field(0.5, ge=0, le=1)
     only: tuple[str, ...] = ()
@@ -42,8 +47,25 @@ class Pass(Transform):
         """r [K] for one input group."""
         if self.method == "percentile":
             return percentile_factors(group.stats.absmax, self.top)
+        absmax = group.stats.absmax
         columns = torch.stack([view.linear(name).weight.abs().amax(0) for name in group.names]).amax(0)
-        return migration_factors(group.stats.absmax, columns, self.strength)
+        if self.method == "migrate":
+            return migration_factors(absmax, columns, self.strength)
+        candidates = [torch.ones_like(absmax), percentile_factors(absmax, self.top)]
+        candidates += [migration_factors(absmax, columns, strength) for strength in STRENGTHS]
+        return min(candidates, key=lambda r: served_error(view, group, r))
+
+
+def served_error(view: BlockView, group: InputGroup, r: Tensor) -> float:
+    """Relative squared output error of the group's readers, summed, with X / r and W r rounded to the nearest code."""
+    x = torch.cat(group.stats.rows)
+    total = 0.0
+    for name in group.names:
+        weight, (fmt, activation) = view.linear(name).weight, view.schemes[name]
+        wanted = x @ weight.T
+        served = fake_quantize(x / r, activation) @ fmt.dequantize(fmt.nearest(weight * r)).T
+        total += float((served - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+    return total
 
 
 def percentile_factors(absmax: Tensor, top: float = 0.005) -> Tensor:

@@ -12,7 +12,8 @@ from torch import nn
 
 from quant.calibrate import Chain, Sample, capture, catch
 from quant.folds import BlockView
-from quant.passes.smooth import Pass, migration_factors, percentile_factors
+from quant.kernels.formats.int_group import IntGroup
+from quant.passes.smooth import Pass, migration_factors, percentile_factors, served_error
 from quant.stacks import find_stacks
 
 
@@ -27,7 +28,8 @@ def view(tiny: ModuleType) -> Callable[[], BlockView]:
         chain = catch(model, find_stacks(model), 0, [Sample({"input_ids": torch.randint(0, 320, (2, 20))})], [])
         targets = [f"{name}.{leaf}" for leaf, m in block.named_modules() if isinstance(m, nn.Linear)]
         groups = capture(name, block, targets, Chain(list(chain.hidden), chain.calls), chain, [Sample({})])
-        return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: torch.float32)
+        schemes = dict.fromkeys(targets, (IntGroup(bits=8, group=-1), "int8_token"))
+        return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: torch.float32, schemes)
 
     return make
 
@@ -75,7 +77,9 @@ def test_smoothing_is_the_identity_on_the_product() -> None:
         assert torch.allclose((x / r) @ (w * r).T, x @ w.T)
 
 
-@pytest.mark.parametrize("options", [{"top": 0.03}, {"method": "migrate"}, {"method": "migrate", "strength": 0.8}])
+@pytest.mark.parametrize(
+    "options", [{"top": 0.03}, {"method": "migrate"}, {"method": "migrate", "strength": 0.8}, {"method": "search"}]
+)
 def test_a_llama_block_computes_what_it_did(options: dict[str, Any], view: Callable[[], BlockView]) -> None:
     block = view()
     before = block.run()
@@ -128,3 +132,20 @@ def test_a_fold_that_would_move_the_output_is_reported_and_the_rest_done(view: C
     assert float((block.run() - before).norm() / before.norm()) < 1e-5
     assert "model.layers.0.post_attention_layernorm.weight" not in block.changed
     assert "model.layers.0.input_layernorm.weight" in block.changed
+
+
+def test_the_search_serves_best_and_its_error_is_that_of_the_served_layers(view: Callable[[], BlockView]) -> None:
+    block = view()
+    for group in block.groups[:1]:
+        x, ones = torch.cat(group.stats.rows), torch.ones_like(group.stats.absmax)
+        chosen = served_error(block, group, Pass(method="search").factors(block, group))
+        for other in (ones, *(Pass(method="migrate", strength=s).factors(block, group) for s in (0.2, 0.5, 0.8))):
+            assert chosen <= served_error(block, group, other)
+        assert chosen < 0.5 * served_error(block, group, ones)  # the norm has an outlier channel
+        total = 0.0
+        for name in group.names:
+            w = block.linear(name).weight
+            ws, xs = w.abs().amax(1, keepdim=True) / 127, x.abs().amax(1, keepdim=True) / 127
+            y = (torch.round(x / xs) * xs) @ (torch.round(w / ws) * ws).T
+            total += float((y - x @ w.T).norm() ** 2 / (x @ w.T).norm() ** 2)
+        assert served_error(block, group, ones) == pytest.approx(total, rel=0.02)
