@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, choose
 from quant.kernels.format import Fields, Format
+
+if TYPE_CHECKING:
+    from quant.siblings import Siblings
 
 
 class PackedLinear(nn.Module):
@@ -43,6 +46,8 @@ class PackedLinear(nn.Module):
         self.refusals: dict[str, str] = {}
         self._prepared: Prepared = ()
         self._spec: MatmulSpec | None = None
+        self._placed = False  # whether `_prepared` is where the kernel reads it fastest
+        self.siblings: Siblings | None = None  # layers that read the same tensor, see quant/siblings.py
 
     @classmethod
     def from_fields(
@@ -61,6 +66,10 @@ class PackedLinear(nn.Module):
             self.bind()
         assert self.kernel is not None
         assert self._spec is not None
+        if self.siblings is not None and (shared := self.siblings.output(self, x)) is not None:
+            return shared.view(*x.shape[:-1], self.out_features)
+        if not self._placed and self.siblings is None and not torch.compiler.is_compiling():
+            join([self])
         flat = x.reshape(-1, self.in_features)
         y = self.kernel.matmul(flat.contiguous(), self._prepared, self.bias, self._spec)
         return y.view(*x.shape[:-1], self.out_features)
@@ -95,12 +104,26 @@ class PackedLinear(nn.Module):
         for name in fields:
             self._parameters[name] = None
 
+    def bound(self) -> tuple[Kernel, Prepared, MatmulSpec]:
+        """The kernel, its tensors and what it serves; chosen now if that has not happened."""
+        if self.kernel is None:
+            self.bind()
+        assert self.kernel is not None
+        assert self._spec is not None
+        return self.kernel, self._prepared, self._spec
+
+    def adopt(self, prepared: Prepared) -> None:
+        """Go on with equal tensors in their final place."""
+        self._prepared, self._placed = prepared, True
+
     def unbind(self) -> None:
         """Back to canonical tensors as parameters."""
         if self.kernel is None:
             return
         fields = self.fields()
-        self.kernel, self._prepared, self._spec = None, (), None
+        self.kernel, self._prepared, self._spec, self._placed = None, (), None, False
+        if self.siblings is not None:
+            self.siblings.unbound()
         for name, value in fields.items():
             self._parameters[name] = nn.Parameter(value, requires_grad=False)
 
@@ -141,3 +164,22 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unbind()
         super()._load_from_state_dict(*args)
+
+
+def join(layers: Sequence[PackedLinear]) -> Prepared | None:
+    """Layers that read the same x as one weight, which they then hold views of; None where their kernel does not join them.
+
+    One layer may be given, to move its weight to where it is read fastest.
+    """
+    bound = [layer.bound() for layer in layers]
+    kernel, _, first = bound[0]
+    if any(k is not kernel or (s.k, s.format, s.activation) != (first.k, first.format, first.activation) for k, _, s in bound):
+        return None
+    joined = kernel.join([prepared for _, prepared, _ in bound])
+    if joined is None:
+        for layer in layers:
+            layer.adopt(layer.bound()[1])
+        return None
+    for layer, part in zip(layers, joined[1], strict=True):
+        layer.adopt(part)
+    return joined[0]

@@ -10,6 +10,7 @@ import torch
 from quant.checkpoint import check_layers, read_config
 from quant.models import index, model_class
 from quant.resources import usable_device
+from quant.siblings import link
 from quant.stacks import disk_names, unfilled
 
 
@@ -45,4 +46,5 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
         if dtype == torch.float16 and torch.device(device or "cpu").type == "cpu":
             dtype = torch.bfloat16
     model = cls.from_pretrained(folder, dtype=dtype)
+    link(model)
     return model.to(device).eval() if device is not None else model.eval()
