@@ -15,7 +15,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def copies_of(tensors: tuple[Tensor, ...], cold: bool) -> list[tuple[Tensor, ...
     return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(count - 1))]
 
 
-def rotating(function: Callable[..., object], weights: list[tuple[Tensor, ...]]) -> Call:
+def rotating(function: Callable[..., object], weights: Sequence[tuple[Tensor, ...]]) -> Call:
     """A call without arguments that uses the next weight each time."""
     following: Iterator[tuple[Tensor, ...]] = itertools.cycle(weights)
     return lambda: function(*next(following))

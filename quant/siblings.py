@@ -30,7 +30,9 @@ class Siblings:
         self.seen = 0  # layers that have read the current tensor before they are joined
         self.agreed = False
         self.joined: Prepared | None = None
-        self.forget()
+        self.source: weakref.ref[Tensor] | None = None
+        self.key: tuple[object, ...] = ()
+        self.outputs: list[Tensor | None] = [None] * len(self.layers)
 
     def output(self, layer: PackedLinear, x: Tensor) -> Tensor | None:
         """`layer`'s output [M, N] for x [..., K], or None where the layer must compute it alone."""
@@ -106,12 +108,12 @@ class Siblings:
             if (siblings := owner()) is not None:
                 siblings.forget()
 
-        self.source: weakref.ref[Tensor] | None = weakref.ref(x, gone)
+        self.source = weakref.ref(x, gone)
         self.key = self.key_of(x)
 
     def forget(self) -> None:
         self.source, self.key = None, ()
-        self.outputs: list[Tensor | None] = [None] * len(self.layers)
+        self.outputs = [None] * len(self.layers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "seen": 0, "agreed": self.agreed}
