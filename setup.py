@@ -96,6 +96,7 @@ setup(
         "pydantic>=2.10,<3",  # recipes are validated, unknown keys are errors
         "click>=8.1,<9",  # command line
         "rich>=13,<16",  # tables and progress bars
+        "filelock>=3.15,<4",  # one run per output folder
         "psutil>=6,<8",  # memory in reports
         "jiwer>=4,<5",  # word error rate
         "soundfile>=0.13,<1",  # audio files

@@ -154,7 +154,7 @@ def capture(
             if index == 0:
                 for names, maker in recorder.groups():
                     x = recorder.inputs[names[0]]
-                    groups.append(InputGroup(names, InputStats.empty(x.shape[-1], x.device), maker))
+                    groups.append(InputGroup(names, InputStats.empty(x.shape[-1], x.device, float_chain is not None), maker))
             for group in groups:
                 x = recorder.inputs[group.names[0]]
                 mask = sample.masks.get(x.shape[1]) if x.dim() == 3 else None

@@ -16,7 +16,7 @@ class InputStats:
     """Sums over calibration tokens, float32 on the device the block ran on.
 
     gram: X^T X of the quantized chain, [K, K]; filled by `finish`.
-    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; zero where no pass asks for it.
+    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; None where no pass asks for it.
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
     rows: a few whole tokens of each sequence, evenly spread: a list of [up to 8, K].
@@ -24,18 +24,19 @@ class InputStats:
     """
 
     gram: Tensor
-    drift: Tensor
+    drift: Tensor | None = None
     sample_absmax: list[Tensor] = field(default_factory=list)
     token_absmax: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     tokens: int = 0
 
     @classmethod
-    def empty(cls, k: int, device: torch.device) -> InputStats:
-        return cls(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device))
+    def empty(cls, k: int, device: torch.device, drift: bool) -> InputStats:
+        """Before the first token. drift: whether `add` will be given the float chain."""
+        return cls(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device) if drift else None)
 
     def add(self, x: Tensor, x_float: Tensor | None, mask: Tensor | None) -> None:
-        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding. x_float None: no drift."""
+        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding."""
         for row in range(x.shape[0]):
             keep = slice(None) if mask is None else mask[row]
             here = x[row][keep].float()
@@ -49,7 +50,8 @@ class InputStats:
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)
                 self.gram[columns, start:].addmm_(here[:, columns].T, here[:, start:])
-            if x_float is not None:
+            if self.drift is not None:
+                assert x_float is not None
                 # a small difference needs no float32: its own rounding is what a bfloat16 product loses
                 self.drift += (x_float[row][keep].float() - here).to(x.dtype).T @ here.to(x.dtype)
 
@@ -73,7 +75,8 @@ class InputStats:
     def divide_channels(self, r: Tensor) -> None:
         """Follow a fold that divides channel j of X by r[j]."""
         self.gram /= r.unsqueeze(0) * r.unsqueeze(1)
-        self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
+        if self.drift is not None:
+            self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
         self.sample_absmax = [a / r for a in self.sample_absmax]
         self.rows = [x / r for x in self.rows]
 
@@ -83,7 +86,7 @@ class InputStats:
             raise ValueError(
                 f"{names[0]} received no calibration data; leave it in float with a rule {{match: {names[0]}, skip: true}}"
             )
-        if not (self.gram.isfinite().all() and self.drift.isfinite().all()):
+        if not all(t.isfinite().all() for t in (self.gram, self.drift) if t is not None):
             raise ValueError(
                 f"the calibration inputs of {names[0]} hold a NaN or an infinity; check the model and the calibration data"
             )

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,12 +26,17 @@ class Workspace:
     """reports: one dict per finished block, in order."""
 
     def __init__(self, output: Path, identity: str) -> None:
-        """Open or create the workspace beside `output`. Raises ValueError when it belongs to another run."""
+        """Open or create the workspace beside `output`. Raises ValueError when it belongs to another run, or one is at work."""
         self.folder = output.with_name(f"{output.name}.partial")
         self.reports: list[dict[str, Any]] = []
         self.stacks_done = 0
         self._progress = self.folder / "progress.json"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / "lock")  # the system releases it when the process dies
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(f"another run is writing {output}; wait for it, or give another -o") from None
         if self._progress.is_file():
             state = read_json(self._progress)
             if state.get("identity") != identity:
@@ -76,6 +82,7 @@ class Workspace:
     def remove(self) -> None:
         """Delete the workspace."""
         shutil.rmtree(self.folder)
+        self._lock.release()
 
     def _save(self, tensors: dict[str, Tensor], name: str) -> None:
         temporary = self.folder / f"{name}.tmp"

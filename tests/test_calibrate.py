@@ -160,7 +160,7 @@ def test_hooks_are_gone_when_recording_ends_also_after_an_error() -> None:
 def test_sums_are_those_of_real_tokens_in_float64(k: int) -> None:
     """Padding holds huge values and must not leave a trace."""
     torch.manual_seed(k)
-    stats, kept, kept_float = InputStats.empty(k, torch.device("cpu")), [], []
+    stats, kept, kept_float = InputStats.empty(k, torch.device("cpu"), drift=True), [], []
     for lengths in ([7, 3], [9, 0], [10, 10]):
         x, x_float = torch.randn(2, 10, k), torch.randn(2, 10, k)
         mask = torch.arange(10) < torch.tensor(lengths).unsqueeze(1)
@@ -179,6 +179,9 @@ def test_sums_are_those_of_real_tokens_in_float64(k: int) -> None:
     assert torch.equal(stats.channel_quantile(0.0), torch.stack(stats.sample_absmax).amin(0))
     assert stats.token_quantile(1.0) == float(x.abs().max())
     stats.require_finite(["a"])
+    kept_rows = torch.cat(stats.rows)
+    assert len(kept_rows) == 7 + 3 + 5 + 5 + 5  # at most eight of a sequence, evenly spread
+    assert all((x == row).all(1).any() for row in kept_rows)
 
 
 def test_masks_are_found_by_length() -> None:
@@ -198,7 +201,7 @@ def test_masks_are_found_by_length() -> None:
 
 def test_following_a_fold_divides_channels() -> None:
     x, x_float, r = torch.randn(1, 30, 8), torch.randn(1, 30, 8), torch.rand(8) + 0.5
-    stats, wanted = InputStats.empty(8, torch.device("cpu")), InputStats.empty(8, torch.device("cpu"))
+    stats, wanted = InputStats.empty(8, torch.device("cpu"), drift=True), InputStats.empty(8, torch.device("cpu"), drift=True)
     stats.add(x, x_float, None)
     stats.finish()
     stats.divide_channels(r)
@@ -207,6 +210,7 @@ def test_following_a_fold_divides_channels() -> None:
     assert close(stats.gram, wanted.gram)
     assert close(stats.drift, wanted.drift)
     assert torch.allclose(stats.absmax, wanted.absmax)
+    assert torch.allclose(torch.cat(stats.rows), torch.cat(wanted.rows))
 
 
 def test_a_linear_that_is_never_reached_is_named() -> None:

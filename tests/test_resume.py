@@ -153,3 +153,20 @@ def test_speech_goes_on_in_any_stack(
     assert main(args) == 0
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (packed_speech / name).read_bytes()
+
+
+def test_a_second_run_into_the_same_folder_is_refused(
+    model: Path, tiny: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    first = start(command(model, out, tiny))
+    try:
+        wait_for(lambda: finished_blocks(out) >= 1, first)
+        assert main(command(model, out, tiny)) == 2
+        said = capsys.readouterr().err.strip()
+        assert said.count("\n") == 0
+        assert "another run is writing" in said
+    finally:
+        _, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, errors
+    assert (out / "model.safetensors").exists()

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on while the fox jumps again. "
-SMALL = ["calibration.tokens=512", "calibration.length=64"]  # recipe overrides that make a run take a second
+# recipe overrides that make a run take a second and need no network
+SMALL = ["calibration.tokens=512", "calibration.length=64", "calibration.source=manual"]
 WORDS = 320
 RATE = 16_000
 

@@ -23,6 +23,7 @@ class Pass(Corrector):
     damp: float = Field(0.1, gt=0)
 
     def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
+        assert stats.drift is not None
         ridge = self.damp * stats.gram.diagonal().mean().clamp_min(1e-12)
         factor = torch.linalg.cholesky(stats.gram + ridge * torch.eye(len(stats.gram), device=weight.device))
         moved: Tensor = torch.cholesky_solve((weight @ stats.drift).T, factor).T  # W D (H + ridge)^-1

@@ -36,7 +36,7 @@ def make_layer() -> Callable[..., Layer]:
         weight = weight / normal[n : 2 * n].abs().clamp_min(0.4).sqrt()  # heavy tails
         x = (noise @ (torch.eye(k) + mixing / k**0.5)) * (skew * size).exp()
         x_float = x + drift * x.std(0) * other + drift * x.roll(1, 1)
-        stats = InputStats.empty(k, torch.device("cpu"))
+        stats = InputStats.empty(k, torch.device("cpu"), drift=True)
         stats.add(x.unsqueeze(0), x_float.unsqueeze(0), None)
         stats.finish()
         return Layer(weight * 0.05, x, x_float, stats)

@@ -78,7 +78,7 @@ def test_degenerate_weights_and_inputs_give_finite_codes(name: str, fmt: Format,
     dead[:, 32:64] = 0
     dead[:, 100] = 0
     for x in (layer.x, dead, torch.zeros_like(dead)):
-        stats = InputStats.empty(128, torch.device("cpu"))
+        stats = InputStats.empty(128, torch.device("cpu"), drift=True)
         stats.add(x.unsqueeze(0), x.unsqueeze(0), None)
         stats.finish()
         codes = QUANTIZERS[name]().quantize(w, stats, fmt)
