@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ from quant.siblings import link
 from quant.stacks import disk_names, unfilled
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    compile: bool | None = None,  # noqa: A002  # the word that torch users know
+    cache: str = "float",
+) -> Any:
     """The packed model in `path` in eval mode.
 
     dtype: of everything that is not packed (None: as in config.json; on a CPU, float16 becomes bfloat16, which CPUs
-    compute in). device: any torch device. Raises ValueError, before reading tensors, for a folder that is not ours, an
+    compute in). device: any torch device. compile: whether `generate` runs compiled graphs (quant/runtime, CPUs only); True
+    makes what is not on disk yet, which takes a minute and is said in one line; None takes what is there; False runs
+    eagerly. Both give the same text. cache: "float" or "int8" keys and values, for compiled graphs. Raises ValueError, before reading tensors, for a folder that is not ours, an
     unknown format version, a file cut short, and the first tensor that is missing or has the wrong shape or dtype.
     """
     import accelerate
@@ -47,4 +56,32 @@ def load(path: str | Path, dtype: torch.dtype | None = None, device: str | torch
             dtype = torch.bfloat16
     model = cls.from_pretrained(folder, dtype=dtype)
     link(model)
-    return model.to(device).eval() if device is not None else model.eval()
+    model = model.to(device).eval() if device is not None else model.eval()
+    if model.device.type == "cpu":
+        own_attention(model)
+        if compile is not False:
+            from quant.runtime import compiled
+
+            compiled(model, cache, say if compile else None)
+    elif compile:
+        raise ValueError(f"compile=True was given with device {device}; compiled graphs run on the CPU: drop one of the two")
+    return model
+
+
+def own_attention(model: Any) -> None:
+    """Attention through our CPU kernels, where they are built; so eager and compiled generation compute the same."""
+    from quant.kernels.cpu import library
+
+    try:
+        library.load()
+    except library.Unavailable:
+        return
+    from quant.serve import attention
+
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+
+
+def say(line: str) -> None:
+    """To the error stream, where it mixes with no result."""
+    print(line, file=sys.stderr)

@@ -1,0 +1,70 @@
+"""Generation as compiled graphs: a decode step is one call, without Python between its layers.
+
+    model = quant.load("out", compile=True)      # compiles once per kind of model and machine, then finds it on disk
+    model.generate(...)                          # as always; runs the graphs where it can, says so where it cannot
+
+`decoder.py` and `whisper.py` say what a step computes, `attend.py` how it keeps keys and values, `artifact.py` compiles and
+keeps graphs, `shims.h` is how graphs call our kernels, `session.py` runs them, `generate.py` ties them to transformers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from quant.runtime import artifact, attend, decoder, whisper
+from quant.runtime.generate import attach
+from quant.runtime.linears import dtype_of
+from quant.runtime.session import Session, SpeechSession, graphs
+
+
+def refuses(model: Any) -> str | None:
+    """Why `model` cannot be compiled, or None."""
+    from quant.kernels.cpu import library
+
+    if model.device.type != "cpu":
+        return f"it is on {model.device}; compiled are models on the CPU"
+    try:
+        library.load()
+    except library.Unavailable as error:
+        return str(error)
+    return (whisper if model.config.is_encoder_decoder else decoder).refuses(model)
+
+
+def compiled(model: Any, cache: str = "float", say: artifact.Say | None = None) -> bool:
+    """Make `model.generate` run compiled graphs; `model.runtime` is then the Session. True where that was possible.
+
+    cache: "float" keeps keys and values in the model's dtype, "int8" in a quarter to half of that. say: is told, in one line,
+    what was compiled and how long it took; None never compiles and only takes graphs that are on disk. A model that cannot be
+    compiled stays as it is, with a warning that gives the reason. Raises ValueError for another `cache`.
+    """
+    if cache not in attend.KINDS:
+        raise ValueError(f"cache {cache!r} is unknown; allowed: {', '.join(attend.KINDS)}")
+    if (reason := refuses(model)) is not None:
+        if say is not None:
+            warnings.warn(f"{type(model).__name__} stays eager, not compiled: {reason}", stacklevel=2)
+        return False
+    dtype = dtype_of(model)
+    about = {"cache": cache, "dtype": str(dtype), "config": model.config.to_json_string()}
+    if not model.config.is_encoder_decoder:
+        text = decoder.Decoder(model).eval()
+        pair = graphs(text, about, cache, dtype, None, say)
+        if pair is not None:
+            attach(model, Session(text, cache, dtype, *pair))
+        return pair is not None
+    return _speech(model, about, cache, say)
+
+
+def _speech(model: Any, about: dict[str, Any], cache: str, say: artifact.Say | None) -> bool:
+    import torch
+
+    text, audio, dtype = whisper.Decoder(model).eval(), whisper.Audio(model).eval(), dtype_of(model)
+    hidden = torch.zeros(2, model.config.max_source_positions, model.config.d_model, dtype=dtype)
+    clip = artifact.get("audio", audio, about, (hidden,), ({0: torch.export.Dim("b", min=1, max=4096)},), say)
+    if clip is None:
+        return False
+    shape = (1, text.blocks[0].qkv.sizes[1] // audio.head, hidden.shape[1], audio.head)
+    pair = graphs(text, about, cache, dtype, shape, say)
+    if pair is not None:
+        attach(model, SpeechSession(text, cache, dtype, *pair, clip))
+    return pair is not None

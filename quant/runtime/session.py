@@ -1,0 +1,140 @@
+"""A decoder ready to run: its graphs, its KV caches, and how far the text has come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from quant.runtime import artifact, attend
+
+STEP = 256  # capacities are multiples of it, or all positions of the model
+
+
+class Session:
+    """Prefill and decode of a Llama-like model with compiled graphs, one batch of texts at a time.
+
+    Two graphs: `one` for a single token of a single text, `many` for everything else.
+    """
+
+    def __init__(self, decoder: Any, kind: str, dtype: torch.dtype, one: artifact.Graph, many: artifact.Graph) -> None:
+        self.decoder, self.kind, self.dtype, self.one, self.many = decoder, kind, dtype, one, many
+        self.caches: list[attend.Cache] = []
+        self.context: list[Tensor] = []  # what the graphs take besides: of speech, the clip
+        self.start = torch.zeros((), dtype=torch.int64)  # places filled in every row of the caches
+        self.first = torch.zeros(0, dtype=torch.int64)  # [B] of them, padding at the beginning
+
+    def refuses(self, ids: Tensor, given: dict[str, Any]) -> str | None:
+        """As generate.Runtime: prompts are token ids, padded on the left if at all."""
+        if given.get("inputs_embeds") is not None:
+            return "embeddings are given in place of token ids"
+        mask = given.get("attention_mask")
+        if mask is not None and (mask.shape != ids.shape or bool((mask[:, :-1] > mask[:, 1:]).any())):
+            return "the attention mask is more than padding on the left"
+        return None
+
+    def begin(self, ids: Tensor, given: dict[str, Any], room: int) -> Tensor:
+        """As generate.Runtime."""
+        mask = given.get("attention_mask")
+        return self.prefill(ids, None if mask is None else (mask == 0).sum(1), room)
+
+    def prefill(self, ids: Tensor, padding: Tensor | None = None, room: int = 0) -> Tensor:
+        """Start anew with prompts ids [B, T] int64 -> logits [B, V] of the next token.
+
+        padding [B]: how many ids at the beginning of each row are none. room: tokens expected to follow, for which memory is
+        taken at once. Raises ValueError for an empty prompt and for one longer than the model's positions.
+        """
+        rows, tokens = ids.shape
+        if rows * tokens == 0:
+            raise ValueError(f"the prompt is {rows} x {tokens} tokens; give at least one")
+        if self.caches and self.caches[0][0].shape[0] != rows:
+            self.caches = []
+        self.start = torch.zeros((), dtype=torch.int64)
+        self.first = torch.zeros(rows, dtype=torch.int64) if padding is None else padding.to(torch.int64)
+        self.reserve(max(tokens, min(tokens + room, self.decoder.longest)))
+        return self._run(ids)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One more token per row, [B] int64 -> logits [B, V]. Raises ValueError when the model has no position for it."""
+        self.reserve(int(self.start) + 1)
+        return self._run(tokens[:, None])
+
+    def _run(self, ids: Tensor) -> Tensor:
+        graph = self.one if ids.numel() == 1 else self.many
+        caches = (part for cache in self.caches for part in cache)
+        logits = graph([ids.contiguous(), self.start, self.first, *caches, *self.context])[0]
+        self.start += ids.shape[1]
+        return logits
+
+    def reserve(self, tokens: int) -> None:
+        """Make the caches hold `tokens` per row, keeping what they hold. Raises ValueError beyond the model's positions."""
+        if self.caches and tokens <= self.caches[0][0].shape[2]:
+            return
+        if tokens > self.decoder.longest:
+            raise ValueError(f"the text reaches {tokens} tokens; the model has {self.decoder.longest} positions: shorten it")
+        capacity = min(-(-tokens // STEP) * STEP, self.decoder.longest)
+        if self.caches:
+            self.caches = [attend.grown(cache, capacity) for cache in self.caches]
+        else:
+            self.caches = memory(self.decoder, self.kind, len(self.first), capacity, self.dtype)
+
+
+class SpeechSession(Session):
+    """The same for Whisper: a graph that turns the encoder's output into keys and values, and the two of the decoder."""
+
+    def __init__(
+        self, decoder: Any, kind: str, dtype: torch.dtype, one: artifact.Graph, many: artifact.Graph, audio: artifact.Graph
+    ) -> None:
+        super().__init__(decoder, kind, dtype, one, many)
+        self.audio = audio
+
+    def refuses(self, ids: Tensor, given: dict[str, Any]) -> str | None:
+        """As generate.Runtime: the encoder has run, prompts are token ids without padding."""
+        if given.get("encoder_outputs") is None:
+            return "the encoder's output is not given"
+        if given.get("decoder_inputs_embeds") is not None:
+            return "embeddings are given in place of token ids"
+        mask = given.get("decoder_attention_mask")
+        if mask is not None and not bool(mask.all()):
+            return "prompts of unequal lengths are given"
+        return None
+
+    def begin(self, ids: Tensor, given: dict[str, Any], room: int) -> Tensor:
+        """As generate.Runtime."""
+        self.context = self.audio([given["encoder_outputs"][0].contiguous()])
+        return self.prefill(ids, None, room)
+
+
+def memory(decoder: Any, kind: str, rows: int, capacity: int, dtype: torch.dtype) -> list[attend.Cache]:
+    """Caches for all blocks, with nothing in them."""
+    return [attend.empty(kind, rows, capacity, dtype, channel) for channel in decoder.channels]
+
+
+def graphs(
+    decoder: nn.Module, about: dict[str, Any], kind: str, dtype: torch.dtype, audio: tuple[int, int, int, int] | None,
+    say: artifact.Say | None,
+) -> list[artifact.Graph] | None:  # fmt: skip
+    """`one` and `many` of a decoder, from the disk, else compiled if `say` is given, else None.
+
+    audio: shape of the keys of a clip where the decoder attends to one, for B = 1.
+    """
+    longest: int = decoder.longest  # type: ignore[assignment]
+    b, t, s = (Dim(name, min=1, max=top) for name, top in (("b", 4096), ("t", longest), ("s", 2**31)))
+    found = []
+    for name, rows, tokens in (("decode", 1, 1), ("prefill", 2, 3)):
+        caches = memory(decoder, kind, rows, min(STEP, longest), dtype)
+        batch = {} if rows == 1 else {0: b}
+        shapes = [tuple({} if part.dim() == 2 else batch | {2: s} for part in cache) for cache in caches]
+        dynamic: list[Any] = [batch | ({} if tokens == 1 else {1: t}), None, batch, shapes]
+        numbers = torch.zeros((), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        inputs: list[Any] = [torch.zeros(rows, tokens, dtype=torch.int64), *numbers, caches]
+        if audio is not None:
+            inputs.append([tuple(torch.zeros(rows, *audio[1:], dtype=dtype) for _ in range(2)) for _ in caches])
+            dynamic.append([(batch, batch) for _ in caches])
+        graph = artifact.get(name, decoder, about, inputs, tuple(dynamic), say)
+        if graph is None:
+            return None
+        found.append(graph)
+    return found
