@@ -39,7 +39,7 @@ class PackedLinear(nn.Module):
         self.format, self.activation = fmt, activation
         self.compute_dtype = dtype or torch.get_default_dtype()
         for name, (shape, kind) in fmt.fields(out_features, in_features).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
+            self._store(name, torch.empty(shape, dtype=kind, device=device))
         empty = torch.empty(out_features, dtype=self.compute_dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
         self.kernel: Kernel | None = None
@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
         fmt.check(fields, n, k)
         layer = cls(k, n, fmt, activation, bias=bias is not None, device="meta", dtype=None if bias is None else bias.dtype)
         for name, value in fields.items():
-            layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+            layer._store(name, value)
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer
 
@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
         if self.kernel is not None:
             assert self._spec is not None
             return self.kernel.restore(self._prepared, self._spec)
-        return {name: self._parameters[name].data for name in self._field_names()}  # type: ignore[union-attr]
+        return {name: getattr(self, name).data for name in self._field_names()}
 
     def require_valid(self, name: str) -> None:
         """Raise ValueError, naming the tensor, if a value lies outside what the format allows. `name`: the layer's."""
@@ -102,7 +102,7 @@ class PackedLinear(nn.Module):
         kernel, self.refusals = choose(spec)
         self._prepared, self._spec, self.kernel = kernel.prepare(fields, spec), spec, kernel
         for name in fields:
-            self._parameters[name] = None
+            self._store(name, None)
 
     def bound(self) -> tuple[Kernel, Prepared, MatmulSpec]:
         """The kernel, its tensors and what it serves; chosen now if that has not happened."""
@@ -125,7 +125,7 @@ class PackedLinear(nn.Module):
         if self.siblings is not None:
             self.siblings.unbound()
         for name, value in fields.items():
-            self._parameters[name] = nn.Parameter(value, requires_grad=False)
+            self._store(name, value)
 
     @property
     def weight(self) -> Tensor:
@@ -138,6 +138,10 @@ class PackedLinear(nn.Module):
         kernel = self.kernel.name if self.kernel else "unbound"
         return f"{self.in_features}, {self.out_features}, {self.format}, activation={self.activation}, kernel={kernel}"
 
+    def _store(self, name: str, value: Tensor | None) -> None:
+        """Set one of the format's tensors; None: the kernel holds it now."""
+        self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
     def _field_names(self) -> list[str]:
         return list(self.format.fields(self.out_features, self.in_features))
 
@@ -145,12 +149,9 @@ class PackedLinear(nn.Module):
         self.unbind()
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         for name in self._field_names():
-            old = self._parameters[name]
-            assert old is not None
-            new = fn(old.data)
-            if new.dtype != old.dtype:
-                new = old.data.to(new.device)
-            self._parameters[name] = nn.Parameter(new, requires_grad=False)
+            old = getattr(self, name).data
+            new = fn(old)
+            self._store(name, new if new.dtype == old.dtype else old.to(new.device))
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         return self
