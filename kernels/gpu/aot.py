@@ -1,7 +1,7 @@
-"""Compile the A8W4 programs ahead of time for GPUs that are not here, and report what their machine code costs.
+"""Compile programs ahead of time for GPUs that are not here, and read what their machine code costs.
 
-    python -m quant.kernels.gpu.aot --report            the table of counts, read from `a8w4_configs.json`'s tiles
-    python -m quant.kernels.gpu.aot --update            recount and write the counts beside each tile
+    python -m quant.kernels.gpu.aot --report [--arch 90]                      the tables' counts
+    python -m quant.kernels.gpu.aot --update [--arch 90] [--policy int4]      make the tables again (`tune.py`), in minutes
 
 Must run without TRITON_INTERPRET: interpreted programs cannot be compiled.
 """
@@ -9,32 +9,21 @@ Must run without TRITON_INTERPRET: interpreted programs cannot be compiled.
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quant.kernels.gpu import sass
-from quant.kernels.gpu.tiles import ARCHITECTURES, SHARED_LIMIT_BYTES, TABLE, Tile, read_table, tiles
+from quant.kernels.gpu.layout import POLICIES
+from quant.kernels.gpu.model import DEVICES
+from quant.kernels.gpu.plan import COMPUTE, Layer, gemm_step
+from quant.kernels.gpu.program import Program, constants, function
+from quant.kernels.gpu.tiles import ARCHITECTURES, Tile, Variant, read_table, tile_of
 
-POINTERS = {
-    "x_ptr": "*i8",
-    "x_scale_ptr": "*fp32",
-    "w_ptr": "*u8",
-    "word_ptr": "*i32",
-    "row_scale_ptr": "*fp32",
-    "bias_ptr": "*fp32",
-}
-# name -> type, and whether the value is known to be a multiple of 16 (N: the variant for N % 16 == 0)
-SCALARS = {
-    "M": ("i32", False),
-    "N": ("i32", True),
-    "BLOCKS": ("i32", False),
-    "X_STRIDE": ("i32", True),
-    "W_STRIDE": ("i64", True),
-}
-OUTPUTS = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32"}
+REGISTERS = 255  # per thread; a kernel that needs more spills
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +37,8 @@ class Binary:
     warps: int
 
 
-def compile_program(
-    program: Any,
-    signature: dict[str, str],
-    constants: dict[str, Any],
-    aligned: set[str],
-    arch: int | str,
-    warps: int,
-    stages: int,
-    fusion: bool = False,
-) -> Binary:
-    """Compile one Triton program for sm_`arch`, or for an AMD architecture such as "gfx942".
-
-    signature: type of every run-time argument; constants: value of every other one; aligned: arguments divisible by 16
-    (the loads shrink without it). Raises RuntimeError under TRITON_INTERPRET.
-    """
+def compile_program(program: Program, arch: int | str) -> Binary:
+    """Compile for sm_`arch`, or for an AMD architecture such as "gfx942". Raises RuntimeError under TRITON_INTERPRET."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set; unset it to compile")
     import triton
@@ -70,14 +46,15 @@ def compile_program(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = program.arg_names
+    code = function(program.name)
+    types = dict(program.signature)
     source = ASTSource(
-        program,
-        {name: signature.get(name, "constexpr") for name in names},
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
+        code,
+        {name: types.get(name, "constexpr") for name in code.arg_names},
+        constexprs=constants(program),
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(code.arg_names) if name in program.aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
+    options = {"num_warps": program.warps, "num_stages": program.stages, "enable_fp_fusion": program.fusion}
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True  # a third of the size, same code
@@ -91,130 +68,143 @@ def compile_program(
     )
 
 
-def compile_matmul(tile: Tile, arch: int | str, half: int, pair: bool, output: str = "bfloat16") -> Binary:
-    """`matmul_tile` with bias. pair: the two halves of a block lie in different groups. AMD gets the plain twin."""
-    from quant.kernels.gpu.jit.a8w4 import matmul_tile
+def packs_along_k(ttgir: str, swap: bool) -> bool:
+    """Whether inline assembly sees four neighbours along K (dimension 1 when swapped, else 0) in one 32-bit word.
 
-    signature = POINTERS | {"y_ptr": OUTPUTS[output]} | {name: kind for name, (kind, _) in SCALARS.items()}
-    constants = dict(
-        BM=tile.bm,
-        BN=tile.bn,
-        HALF=half,
-        PAIR=pair,
-        SWAP=tile.swap,
-        BIAS=True,
-        BF16=output == "bfloat16",
-        INLINE=isinstance(arch, int),
-    )
-    aligned = {*POINTERS, "y_ptr", *(name for name, (_, known) in SCALARS.items() if known)}
-    return compile_program(matmul_tile, signature, constants, aligned, arch, tile.warps, tile.stages)
+    The fragments are proven on words; this is the missing link, that Triton fills a word along K and not along N, where the
+    parameters differ. True for code without inline assembly.
+    """
+    k = 1 if swap else 0
+    for step in (line for line in ttgir.splitlines() if "tt.elementwise_inline_asm" in line):
+        layouts = re.findall(r"tensor<\d+x\d+xi8, (#ttg\.dot_op<\{.*?\}>|#\w+)>", step)
+        if not layouts:  # Triton's own, on floats
+            continue
+        layout = layouts[-1]
+        if fragment := re.search(r"opIdx = (\d).*kWidth = (\d+)", layout):
+            good = int(fragment[1]) == 1 - k and int(fragment[2]) % 4 == 0
+        else:
+            definition = re.search(rf"^{layout} = (.*)$", ttgir, re.M)
+            assert definition, layout
+            if registers := re.search(r"register = \[\[(\d+), (\d+)\], \[(\d+), (\d+)\]", definition[1]):
+                numbers = [int(x) for x in registers.groups()]
+                good = (numbers[k], numbers[2 + k], numbers[1 - k], numbers[3 - k]) == (1, 2, 0, 0)
+            else:
+                size = re.search(r"sizePerThread = \[(\d+), (\d+)\].*order = \[(\d)", definition[1])
+                assert size, definition[1]
+                good = int(size[1 + k]) % 4 == 0 and int(size[3]) == k
+        if not good:
+            return False
+    return True
 
 
-def compile_quantize(arch: int, dtype: str = "bf16") -> Binary:
-    """`quantize_rows` for tokens of a Triton element type ("bf16", "fp16", "fp32")."""
-    from quant.kernels.gpu.a8w4 import QUANTIZE_BLOCK
-    from quant.kernels.gpu.jit.a8w4 import quantize_rows
-
-    signature = {"x_ptr": f"*{dtype}", "q_ptr": "*i8", "scale_ptr": "*fp32", "K": "i32", "K_PAD": "i32"}
-    return compile_program(quantize_rows, signature, {"BLOCK": QUANTIZE_BLOCK}, set(signature), arch, 8, 1)
+def sample_layer(variant: Variant) -> Layer:
+    """A layer of the size that the tables are made with."""
+    x = next((dtype for dtype, compute in COMPUTE.items() if compute == variant.compute), "bfloat16")
+    return Layer(policy=variant.policy, n=4096, k=4096, slice=variant.slice, groups=variant.groups, x=x, bias=x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One compiled (architecture, layout, tile) and its counts."""
+    """One compiled (architecture, variant, tile) and its counts."""
 
     arch: int
-    half: int
-    pair: bool
+    variant: Variant
     tile: Tile
     shared_bytes: int
     counts: sass.Counts
-
-    @property
-    def key(self) -> str:
-        """Name of the row in `a8w4_budget.json`."""
-        return f"sm_{self.arch} HALF={self.half} {'pair' if self.pair else 'same'} {self.tile.bm}x{self.tile.bn}"
+    along_k: bool
 
     @property
     def wide_loads_needed(self) -> int:
         """128-bit loads per thread that fetch the weights of one block."""
-        return max(1, self.tile.bn * self.half // (16 * 32 * self.tile.warps))
+        planes = POLICIES[self.variant.policy].planes
+        return planes * max(1, self.tile.bn * self.variant.slice // (16 * 32 * self.tile.warps))
 
-    @property
-    def fits(self) -> bool:
-        return self.shared_bytes <= SHARED_LIMIT_BYTES[self.arch]
-
-
-def measured(built: Binary, tile: Tile, arch: int, half: int, pair: bool) -> Row:
-    """The counts of what `compile_matmul` returned for the same arguments."""
-    counts = sass.count(built.code, weights=tile.bn * 2 * half, tokens=tile.bm, warps=tile.warps)
-    return Row(arch=arch, half=half, pair=pair, tile=tile, shared_bytes=built.shared_bytes, counts=counts)
-
-
-def programs() -> Iterator[tuple[int, int, bool]]:
-    """(architecture, HALF, pair). A HALF of 32 means an odd number of halves per group, so it is always a pair."""
-    for arch in ARCHITECTURES:
-        yield from ((arch, 64, False), (arch, 64, True), (arch, 32, True))
-
-
-def every_row() -> Iterator[Row]:
-    """Every program that `launch` can ask for, compiled and counted."""
-    for arch, half, pair in programs():
-        for tile in tiles(arch, half):
-            yield measured(compile_matmul(tile, arch, half, pair), tile, arch, half, pair)
+    def faults(self) -> list[str]:
+        """Why this program must not be shipped."""
+        counts = self.counts
+        limit = DEVICES[self.arch].shared_bytes
+        checks = {
+            f"{counts.spills} spills": counts.spills > 0,
+            f"{counts.registers} registers": counts.registers > REGISTERS,
+            f"{self.shared_bytes} bytes of shared memory": self.shared_bytes > limit,
+            "no matrix instruction": counts.mma == 0,
+            f"weights not loaded 16 bytes at a time: {counts.loads}": counts.loads.get("128", 0) < self.wide_loads_needed,
+            f"narrow loads: {counts.loads}": bool({"8", "16"} & counts.loads.keys()),
+            "words packed across N": not self.along_k,
+        }
+        return [fault for fault, found in checks.items() if found]
 
 
-def report(rows: list[Row]) -> None:
+def measure(arch: int, variant: Variant, tile: Tile) -> Row:
+    """Compile one tile and count. Raises RuntimeError when its code has no loop with matrix instructions."""
+    built = compile_program(gemm_step(sample_layer(variant), tile, 1, "cuda").program, arch)
+    counts = sass.count(built.code, weights=tile.bn * variant.block, tokens=tile.bm, warps=tile.warps)
+    along_k = packs_along_k(built.ttgir, tile.swap)
+    return Row(arch=arch, variant=variant, tile=tile, shared_bytes=built.shared_bytes, counts=counts, along_k=along_k)
+
+
+def source_hash() -> str:
+    """Digest of everything that the counts depend on, the version of Triton apart."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (*sorted((folder / "jit").glob("*.py")), folder / "plan.py", folder / "layout.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def variant_of(key: str) -> Variant:
+    policy, slice_, groups, compute = key.split("/")
+    return Variant(policy=policy, slice=int(slice_), groups=int(groups), compute=compute)
+
+
+def report_rows(arch: int) -> list[dict[str, Any]]:
+    """The stored tiles of an architecture: plain values, one dict per row."""
+    rows = []
+    for key, stored in read_table(arch)["tiles"].items():
+        for row in stored:
+            tile = tile_of(row)
+            shape = {"arch": arch, "variant": key, "up_to": tile.max_m or "any", "tile": f"{tile.bm}x{tile.bn}"}
+            how = {"warps": tile.warps, "stages": tile.stages, "left": "w" if tile.swap else "x"}
+            counts = {name: row["counts"][name] for name in ("registers", "spills", "instructions", "mma", "alu_per_weight")}
+            loads = " ".join(f"{n}x{bits}" for bits, n in row["counts"]["loads"].items())
+            scale = {"scale_on": "sum" if tile.on_sum else "weight"}
+            rows.append(shape | how | scale | counts | {"shared_bytes": row["shared_bytes"], "loads": loads})
+    return rows
+
+
+def report(architectures: tuple[int, ...] = ARCHITECTURES) -> None:
+    """Print every stored row. Counts of machine code; nothing was timed."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="A8W4 hot loop, one trip per warp: instruction counts, no timings")
-    for column in (
-        "program",
-        "warps",
-        "stages",
-        "left",
-        "regs",
-        "spills",
-        "shared B",
-        "instr",
-        "MMA",
-        "ALU",
-        "loads",
-        "ALU/weight",
-    ):
-        table.add_column(column, justify="left" if column in ("program", "loads") else "right")
-    for row in rows:
-        c, tile = row.counts, row.tile
-        loads = " ".join(f"{n}x{bits}" for bits, n in c.loads.items())
-        values = (tile.warps, tile.stages, "w" if tile.swap else "x", c.registers, c.spills, row.shared_bytes, c.instructions)
-        table.add_row(row.key, *map(str, (*values, c.mma, c.alu)), loads, f"{c.alu_per_weight:.3f}")
-    Console(width=160).print(table)
-
-
-def update(rows: list[Row]) -> None:
-    """Write the counts of `rows` beside their tiles."""
-    table = read_table()
-    for row in rows:
-        for stored in table[str(row.arch)][str(row.half)]:
-            if {key: value for key, value in stored.items() if key != "counts"} == asdict(row.tile):
-                kept = {"shared_bytes": row.shared_bytes} | asdict(row.counts)
-                stored.setdefault("counts", {})["pair" if row.pair else "same"] = kept
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    for arch in architectures:
+        rows = report_rows(arch)
+        table = Table(title=f"sm_{arch}, one trip of the hot loop per warp: instruction counts, no timings")
+        for column in rows[0]:
+            table.add_column(column, justify="left" if column in ("variant", "loads") else "right")
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        Console(width=180).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="print the counts")
-    parser.add_argument("--update", action="store_true", help="write the counts into the table")
+    parser.add_argument("--report", action="store_true", help="print the tables")
+    parser.add_argument("--update", action="store_true", help="make the tables again")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="only this architecture")
+    parser.add_argument("--policy", choices=tuple(POLICIES), action="append", help="only these weight policies")
     args = parser.parse_args()
     if not (args.report or args.update):
         parser.error("give --report or --update")
-    rows = list(every_row())
-    if args.report:
-        report(rows)
+    chosen = ARCHITECTURES if args.arch is None else (args.arch,)
     if args.update:
-        update(rows)
+        from quant.kernels.gpu.tune import update
+
+        for arch in chosen:
+            update(arch, args.policy or tuple(POLICIES))
+    if args.report:
+        report(chosen)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ WIDEST = 128  # largest BN of any tile: the slack, in rows
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What one storage looks like. fields[i]: where slice i lies, as (plane, first bit of the code, bits, first bit of the byte)."""
+    """What one storage looks like. fields[i] says where slice i lies: (plane, first bit of the code, bits, bit of the byte)."""
 
     name: str  # of the function in `jit/unpack.py`
     bits: int
@@ -37,6 +37,10 @@ class Policy:
     @property
     def slices(self) -> int:
         return len(self.fields)
+
+    def words(self, groups: int) -> int:
+        """Parameter words per row and block: the word of int4_dual holds two groups."""
+        return 0 if not self.parameters else 1 if self.integer else groups
 
     def blocking(self, group: int) -> tuple[int, int] | None:
         """(SLICE, GROUPS) for a group length, -1 for one group per row; None where no blocking fits."""

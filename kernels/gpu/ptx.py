@@ -26,11 +26,21 @@ def permute_bytes(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
     return out
 
 
+def combine_bits(a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:
+    """lop3.b32: bit 4 * a + 2 * b + c of the table (one number), for each of the 32 positions."""
+    out = torch.zeros_like(a + b + c)
+    for i in (i for i in range(8) if int(table) >> i & 1):
+        out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return out
+
+
 OPCODES: dict[str, Callable[..., Tensor]] = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": lambda a, b: a << b,
     "shr.b32": lambda a, b: a >> b,
+    "lop3.b32": combine_bits,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": permute_bytes,
 }

@@ -18,10 +18,14 @@ LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_
 JUMPS = {"BRA", "JMP"}
 ENDS = JUMPS | {"BRX", "BRXU", "JMXU", "RET", "EXIT"}
 MMA = re.compile(r"[HIQ]MMA|[HIQB]GMMA|UTC\w*MMA")
-ALU = re.compile(
-    r"LOP3|PRMT|SHF|IMAD|IADD3?|LEA|VIADD|SEL|ISETP|IABS|IMNMX|VIMNMX|I2IP|IDP|SGXT|POPC|BMSK|FLO|PLOP3|MOV|I2FP|F2FP|"
-    r"HFMA2|HADD2|HMUL2|HSETP2|HMNMX2|VHMNMX|I2F|F2F|F2I|I2I|MUFU|FFMA2?|FMUL2?|FADD2?|FSEL|FSETP|FMNMX"
-)
+PIPES = {
+    "int": "LOP3 PRMT SHF IMAD IADD IADD3 LEA VIADD SEL ISETP IABS IMNMX VIMNMX I2IP IDP SGXT POPC BMSK FLO PLOP3 MOV"
+    " I2FP F2FP",
+    "half": "HFMA2 HADD2 HMUL2 HSETP2 HMNMX2 VHMNMX",
+    "float": "FFMA FFMA2 FMUL FMUL2 FADD FADD2 FSEL FSETP FMNMX",
+    "convert": "I2F F2F F2I I2I MUFU",
+}
+PIPE_OF = {base: pipe for pipe, bases in PIPES.items() for base in bases.split()}  # the ALU instructions
 GLOBAL_LOADS = {"LDG", "LDGSTS"}
 WARPGROUP = 4  # warps that issue one GMMA together
 
@@ -46,6 +50,7 @@ class Counts:
     instructions: int
     mma: int
     alu: int
+    pipes: dict[str, int]  # the ALU instructions by pipe: int, half (16-bit pairs), float, convert
     loads: dict[str, int]  # global loads by width in bits: {"128": 4}
     alu_per_weight: float
 
@@ -165,7 +170,8 @@ def count(cubin: bytes, *, weights: int, tokens: int, warps: int) -> Counts:
     trip = hot_loop(code)
     if not trip:
         raise RuntimeError("no loop of this kernel holds a matrix instruction")
-    alu = sum(ALU.fullmatch(i.base) is not None for i in trip)
+    pipes = Counter(PIPE_OF[i.base] for i in trip if i.base in PIPE_OF)
+    alu = sum(pipes.values())
     work = sum(multiply_adds(i.opcode) for i in trip) * warps
     blocks = max(1.0, work / (weights * tokens))
     return Counts(
@@ -174,6 +180,7 @@ def count(cubin: bytes, *, weights: int, tokens: int, warps: int) -> Counts:
         instructions=len(trip),
         mma=sum(MMA.match(i.opcode) is not None for i in trip),
         alu=alu,
+        pipes={pipe: pipes[pipe] for pipe in PIPES},
         loads=dict(Counter(load_bits(i.opcode) for i in trip if i.base in GLOBAL_LOADS)),
         alu_per_weight=round(alu * 32 * warps / (weights * blocks), 3),
     )

@@ -1,11 +1,8 @@
-"""Launch parameters of the A8W4 matmul: a table per architecture made offline by compiling and counting, never at run time.
+"""Launch parameters of the GEMMs: one table per architecture, made offline by compiling and counting, never at run time.
 
-`a8w4_configs.json`: architecture -> HALF -> tiles, ordered by `max_m` and then from wide to narrow. Each tile carries the
-counts of its compiled code (`counts`), which `python -m quant.kernels.gpu.aot --update` rewrites.
-
-How the rows were chosen, none of it timed on a GPU: no spills, shared memory within the architecture, weights loaded 16
-bytes at a time, then the fewest ALU instructions per weight, which makes the weights the left operand in tiles of 32 tokens
-and more. The stages of the 16-token tiles are arithmetic from data sheets: bytes in flight that cover DRAM latency.
+`sm_80.json` and so on: variant -> tiles, each beside the counts of its machine code and the time the cost model predicts for
+one layer. `python -m quant.kernels.gpu.aot --update` rewrites them. At run time `choose` ranks the few tiles that serve the
+number of tokens with the same model. No figure in these tables was timed on a GPU.
 """
 
 from __future__ import annotations
@@ -16,15 +13,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).with_name("a8w4_configs.json")
+from quant.kernels.gpu import model
+from quant.kernels.gpu.layout import POLICIES
+
 ARCHITECTURES = (80, 89, 90, 100)
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # per block, CUDA guide
-WIDEST = 128  # largest BN of any tile; the weight layout has that many slack rows
+BUCKETS = (16, 64, None)  # a tile serves up to so many tokens (None: any)
+SPLITS = (1, 2, 4, 8)
+TRIPS = 4  # a split K leaves each program at least so many blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A family of programs that share their tiles."""
+
+    policy: str
+    slice: int
+    groups: int
+    compute: str  # int8, fp16, bf16, fp32
+
+    @property
+    def key(self) -> str:
+        return f"{self.policy}/{self.slice}/{self.groups}/{self.compute}"
+
+    @property
+    def block(self) -> int:
+        """Codes of a row in one K block."""
+        return POLICIES[self.policy].slices * self.slice
+
+    def block_bytes(self, columns: int) -> float:
+        """Bytes of weights and parameter words in one block of `columns` rows."""
+        policy = POLICIES[self.policy]
+        return columns * (policy.planes * self.slice + 4 * policy.words(self.groups))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """BM tokens x BN output features per program; serves up to `max_m` tokens (None: any)."""
+    """BM tokens x BN output features per program."""
 
     max_m: int | None
     bm: int
@@ -32,19 +56,22 @@ class Tile:
     warps: int
     stages: int
     swap: bool  # weights as the left operand of the MMA
+    on_sum: bool  # the group scale multiplies the sum of a group
 
 
-def read_table() -> dict[str, Any]:
-    """The JSON table as stored, counts included."""
-    table: dict[str, Any] = json.loads(TABLE.read_text())
-    return table
+def table_path(arch: int) -> Path:
+    return Path(__file__).with_name(f"sm_{arch}.json")
 
 
 @functools.cache
-def tiles(arch: int, half: int) -> tuple[Tile, ...]:
-    """Every tile for an architecture of ARCHITECTURES and a half-block of 32 or 64, in order of choice."""
-    rows = read_table()[str(arch)][str(half)]
-    return tuple(Tile(**{key: value for key, value in row.items() if key != "counts"}) for row in rows)
+def read_table(arch: int) -> dict[str, Any]:
+    """The JSON table of an architecture of ARCHITECTURES, as stored."""
+    table: dict[str, Any] = json.loads(table_path(arch).read_text())
+    return table
+
+
+def tile_of(row: dict[str, Any]) -> Tile:
+    return Tile(**{name: row[name] for name in Tile.__dataclass_fields__})
 
 
 def table_arch(capability: int) -> int:
@@ -58,12 +85,30 @@ def table_arch(capability: int) -> int:
     return max(arch for arch in ARCHITECTURES if arch <= capability)
 
 
+def bucket_of(m: int) -> int | None:
+    return next((most for most in BUCKETS if most is not None and m <= most), None)
+
+
 @functools.lru_cache(4096)
-def choose_tile(arch: int, half: int, m: int, n: int, processors: int) -> Tile:
-    """The widest tile of the bucket of M whose grid gives every processor work; the narrowest when none does."""
-    bucket = [tile for tile in tiles(arch, half) if tile.max_m is None or m <= tile.max_m]
-    bucket = [tile for tile in bucket if tile.max_m == bucket[0].max_m]
-    for tile in bucket:
-        if -(-m // tile.bm) * -(-n // tile.bn) >= processors:
-            return tile
-    return bucket[-1]
+def choose(arch: int, variant: Variant, m: int, n: int, k: int, processors: int) -> tuple[Tile, int]:
+    """(tile, parts of K) that the model predicts to be fastest; of equals the first.
+
+    Up to 64 tokens the answer depends on M only through its bucket, so that a token's result does not depend on how many
+    others are with it; above, K is never split.
+    """
+    most = bucket_of(m)
+    rows = [row for row in read_table(arch)["tiles"][variant.key] if row["max_m"] == most]
+    blocks = -(-k // variant.block)
+    best: tuple[float, Tile, int] | None = None
+    for row in rows:
+        trip = model.from_row(row, variant.compute, variant.block, variant.block_bytes(row["bn"]))
+        for splits in SPLITS if most is not None else (1,):
+            if splits > 1 and blocks < splits * TRIPS:
+                continue
+            time = trip.predicted_us(model.DEVICES[arch], most or m, n, k, splits, processors)
+            if best is None or time < best[0]:
+                best = (time, tile_of(row), splits)
+    assert best is not None, f"sm_{arch} has no tile for {variant.key} and {m} tokens"
+    # Ceilings can leave the last part empty (9 blocks in 8 parts of 2): fewer parts then.
+    splits = -(-blocks // -(-blocks // best[2]))
+    return best[1], splits

@@ -1,4 +1,4 @@
-"""The Triton programs against integer references, on the CPU. Run by test_gpu_a8w4.py with TRITON_INTERPRET=1."""
+"""The Triton programs against references, on the CPU. Run by test_gpu_programs.py with TRITON_INTERPRET=1."""
 
 import os
 
@@ -6,11 +6,18 @@ import pytest
 import torch
 
 from quant.kernels.activation import quantize_token
-from quant.kernels.gpu.a8w4 import launch, to_device_layout
-from quant.kernels.gpu.jit.a8w4 import bfloat16_bits, matmul_tile, quantize_rows, tl, triton
-from quant.kernels.gpu.tiles import ARCHITECTURES, tiles
+from quant.kernels.format import Codes
+from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.gpu import a8w4, launch, w8a8, wna16
+from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
+from quant.kernels.gpu.jit.gemm import bfloat16_bits
+from quant.kernels.gpu.plan import plan_with
+from quant.kernels.gpu.program import run
+from quant.kernels.gpu.tiles import Tile
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_gpu_a8w4.py"
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_gpu_programs.py"
+FACTS = (80, 108)
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 
 
 @pytest.fixture(autouse=True)
@@ -23,42 +30,66 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-LAYERS = [(96, 192, 64), (130, 576, 96), (72, 96, 32), (200, 256, 128), (33, 512, 256)]
+def tile(bm: int, bn: int, swap: bool = False, on_sum: bool = False) -> Tile:
+    return Tile(max_m=None, bm=bm, bn=bn, warps=4, stages=2, swap=swap, on_sum=on_sum)
 
 
-@pytest.mark.parametrize("m", [1, 17, 64])
-@pytest.mark.parametrize(("n", "k", "group"), LAYERS)
-def test_integer_sums_are_exact(dual_layer, m, n, k, group):
+def relative(given: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((given.double() - wanted).norm() / wanted.norm())
+
+
+def int_layer(bits: int, n: int, k: int, group: int, symmetric: bool) -> tuple[IntGroup, Codes]:
+    fmt = IntGroup(bits=bits, group=group, symmetric=symmetric)
+    generator = torch.Generator().manual_seed(n + k + bits)
+    groups = fmt.groups(k)
+    params = {"weight_scale": (torch.rand(n, groups, generator=generator) + 0.1).to(fmt.scale_dtype)}
+    if not symmetric:
+        params["weight_zero"] = torch.randint(0, 2**bits, (n, groups), generator=generator, dtype=torch.uint8)
+    return fmt, Codes(torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8), params)
+
+
+def random_tokens(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+
+
+# The layers have tails in N and K; (tokens, tile) covers both operand orders, tails of M, and 1, 2 or 4 parts of K.
+DUAL = [(96, 192, 64), (130, 576, 96), (72, 96, 32), (200, 256, 128), (33, 512, 256)]
+RUNS = [
+    (1, tile(16, 128), 1),
+    (1, tile(16, 128), 4),
+    (17, tile(16, 64, swap=True), 1),
+    (17, tile(32, 128), 2),
+    (64, tile(64, 128, swap=True), 1),
+]
+
+
+@pytest.mark.parametrize(("m", "shape", "splits"), RUNS)
+@pytest.mark.parametrize(("n", "k", "group"), DUAL)
+def test_dual_sums_are_exact(dual_layer, n, k, group, m, shape, splits):
     """Unit scales and float32 output show the int32 sums themselves (below 2^24 here), tails of M, N and K included."""
     fmt, codes = dual_layer(n, k, group)
-    weight, words, _ = to_device_layout(fmt.pack(codes), n, k, group)
-    x = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(m), dtype=torch.int8)
-    half = weight.shape[1]
-    blocks = -(-k // (2 * half))
-    padded = torch.nn.functional.pad(x, (0, blocks * 2 * half - k))
+    codes.params["row_scale"].fill_(1)
+    x = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(m)).float()
+    x[:, 0] = 127  # the token's scale is exactly 1
+    layer = a8w4.layer_of(n, k, group, x.dtype, None)
+    prepared = a8w4.to_device_layout(fmt.pack(codes), n, k, group)
+    y = torch.empty(m, n)
+    tensors = {"x": x, "y": y, **dict(zip(("weight", "words", "row_scale"), prepared, strict=True))}
+    run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), tensors, m)
     expected = x.long() @ fmt.integers(codes).long().t()
     assert expected.abs().max() < 2**24
-    shapes = {(tile.bm, tile.bn, tile.swap) for arch in ARCHITECTURES for tile in tiles(arch, half)}
-    for bm, bn, swap in sorted(shapes):
-        if bm > 16 and m == 1:
-            continue
-        y = torch.empty(m, n)
-        grid = (-(-m // bm), -(-n // bn))
-        flags = dict(HALF=half, PAIR=group // half % 2 == 1, SWAP=swap, BIAS=False, BF16=False, INLINE=False)
-        sizes = (m, n, blocks, padded.shape[1], n * half)
-        matmul_tile[grid](padded, torch.ones(m), weight, words, torch.ones(n), None, y, *sizes, BM=bm, BN=bn, **flags)
-        assert torch.equal(y.long(), expected), (bm, bn, swap)
+    assert torch.equal(y.long(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_whole_operator_follows_the_formula_bit_for_bit(dual_layer, dtype, bias):
+def test_dual_operator_follows_the_formula_bit_for_bit(dual_layer, dtype, bias):
     n, k, group, m = 130, 576, 96, 17
     fmt, codes = dual_layer(n, k, group)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(m, k, generator=generator).to(dtype)
-    b = torch.randn(n, generator=generator).to(dtype) if bias else None
-    y = launch(x, *to_device_layout(fmt.pack(codes), n, k, group), b, group, (80, 1))
+    x = random_tokens(m, k, dtype)
+    b = random_tokens(1, n, dtype)[0] if bias else None
+    prepared = dict(zip(("weight", "words", "row_scale"), a8w4.to_device_layout(fmt.pack(codes), n, k, group), strict=True))
+    y = launch.matmul(a8w4.layer_of(n, k, group, dtype, b), x, b, prepared, FACTS)
     q, scale = quantize_token(x)
     expected = (q.long() @ fmt.integers(codes).long().t()).float() * codes.params["row_scale"] * scale.unsqueeze(1)
     expected = expected if b is None else expected + b.float()
@@ -66,30 +97,100 @@ def test_the_whole_operator_follows_the_formula_bit_for_bit(dual_layer, dtype, b
     assert torch.equal(y, expected.to(dtype))
 
 
-def quantized(x: torch.Tensor, k_pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "m", "shape", "splits"), [(33, 200, 1, tile(16, 128), 2), (130, 384, 17, tile(16, 64, swap=True), 1)]
+)
+def test_w8a8_follows_the_formula_bit_for_bit(n, k, m, shape, splits, divided):
+    fmt, codes = int_layer(8, n, k, -1, True)
+    spec_fields = fmt.pack(codes)
+    weight = w8a8.pack_weight(spec_fields["weight_packed"] ^ 128, w8a8.POLICY, w8a8.POLICY.blockings[0][0])
+    divisor = torch.rand(k, generator=torch.Generator().manual_seed(5)) + 0.2 if divided else None
+    x = random_tokens(m, k, torch.float32)
+    y = torch.empty(m, n)
+    tensors = {"x": x, "y": y, "weight": weight, "row_scale": spec_fields["weight_scale"].flatten()}
+    if divisor is not None:
+        tensors["divisor"] = divisor
+    run(plan_with(w8a8.layer_of(n, k, x.dtype, None, divisor), shape, splits, "interpreter"), tensors, m)
+    q, scale = quantize_token(x if divisor is None else x / divisor)
+    sums = q.long() @ (codes.codes.long() - 128).t()
+    assert torch.equal(y, sums.float() * codes.params["weight_scale"].flatten() * scale.unsqueeze(1))
+
+
+# (bits, group, symmetric): every blocking of every policy, one group per row included
+GROUPED = [
+    *((bits, group, symmetric) for bits in (2, 3, 4, 8) for group, symmetric in ((128, False), (32, True), (-1, False))),
+    (2, 64, False),
+    (3, 64, True),
+    (4, 64, False),
+    (4, 96, False),
+    (8, 64, True),
+]
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), GROUPED)
+def test_float_tokens(bits, group, symmetric):
+    """Against float64, K ragged where the group allows it; float16 arithmetic where the scale is on the weights."""
+    n, k = 72, 3 * group if group > 64 else 288 if group != -1 and 288 % group == 0 else 320
+    fmt, codes = int_layer(bits, n, k, group, symmetric)
+    prepared = wna16.to_device_layout(fmt.pack(codes), fmt, n, k)
+    tensors = dict(zip(("weight", "words", "row_scale"), prepared, strict=True))
+    weight = fmt.dequantize(codes).double()
+    cases = [
+        (1, torch.float32, tile(16, 128, on_sum=True), 2),
+        (17, torch.bfloat16, tile(32, 128, swap=True, on_sum=True), 1),
+        (17, torch.float16, tile(32, 128), 1),
+    ]
+    for m, dtype, shape, splits in cases:
+        x = random_tokens(m, k, dtype)
+        layer = wna16.layer_of(n, k, bits, group, dtype, None)
+        y = torch.empty(m, n, dtype=dtype)
+        out = y.view(torch.int16) if dtype == torch.bfloat16 else y
+        run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
+        assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
+
+
+@pytest.mark.parametrize("m", [1, 17, 64])
+def test_chosen_launches_serve_any_number_of_tokens(m):
+    """The tables' own choice, K split where it says so, bias included."""
+    n, k = 40, 1088
+    fmt, codes = int_layer(4, n, k, 64, False)
+    prepared = wna16.to_device_layout(fmt.pack(codes), fmt, n, k)
+    tensors = dict(zip(("weight", "words", "row_scale"), prepared, strict=True))
+    x, bias = random_tokens(m, k, torch.float16), random_tokens(1, n, torch.float16)[0]
+    y = launch.matmul(wna16.layer_of(n, k, 4, 64, x.dtype, bias), x, bias, tensors, FACTS)
+    expected = x.double() @ fmt.dequantize(codes).double().t() + bias.double()
+    assert relative(y, expected) < ROUNDING[torch.float16]
+
+
+def quantized(x: torch.Tensor, k_pad: int, divisor: torch.Tensor | None = None, group: int | None = None):
     codes = torch.empty(x.shape[0], k_pad, dtype=torch.int8)
     scale = torch.empty(x.shape[0])
-    quantize_rows[(x.shape[0],)](x, codes, scale, x.shape[1], k_pad, BLOCK=256)
-    return codes, scale
+    sums = None if group is None else torch.empty(x.shape[0], k_pad // group, dtype=torch.int32)
+    quantize_rows[(x.shape[0],)](x, divisor, codes, scale, sums, x.shape[1], k_pad, BLOCK=256, GROUP=group or 1)
+    return codes, scale, sums
 
 
+@pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_activation_codes_equal_the_reference(dtype):
+def test_activation_codes_equal_the_reference(dtype, divided):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(9, 600, generator=generator) * torch.logspace(-4, 3, 9).unsqueeze(1)
     x[3] = 0
     x = x.to(dtype)
-    codes, scale = quantized(x, 640)
-    expected, expected_scale = quantize_token(x)
+    divisor = torch.rand(600, generator=generator) + 0.1 if divided else None
+    codes, scale, sums = quantized(x, 640, divisor, 64)
+    expected, expected_scale = quantize_token(x if divisor is None else x.float() / divisor)
     assert torch.equal(scale, expected_scale)
     assert torch.equal(codes[:, :600], expected)
     assert not codes[:, 600:].any(), "padding must be zero"
+    assert torch.equal(sums, codes.view(9, 10, 64).sum(-1, dtype=torch.int32))
 
 
 def test_ties_go_to_the_even_code():
     ties = torch.arange(-126.5, 127)
     x = torch.cat([torch.tensor([127.0]), ties]).unsqueeze(0)  # scale 1: every other value lies between two codes
-    codes, _ = quantized(x, 256)
+    codes, _, _ = quantized(x, 256)
     assert torch.equal(codes[:, : x.shape[1]], quantize_token(x)[0])
     assert (codes[0, 1 : x.shape[1]] % 2 == 0).all()
 
@@ -98,7 +199,7 @@ def test_ties_go_to_the_even_code():
 def test_a_token_that_is_not_finite_is_seen_in_its_scale(bad):
     x = torch.ones(2, 40)
     x[1, 7] = bad
-    _, scale = quantized(x, 64)
+    _, scale, _ = quantized(x, 64)
     assert scale[0].isfinite()
     assert scale[1].isinf()
 

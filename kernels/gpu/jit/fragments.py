@@ -84,3 +84,13 @@ PAIRS_FP16 = tl.constexpr(split_fields(2, [(0, 0, 0x6400), (0, 2, 0x5C00), (0, 4
 PAIRS_BF16 = tl.constexpr(split_fields(2, [(0, 0, 0x4300), (0, 2, 0x4200), (0, 4, 0x4100), (6, 0, 0x4300)]))
 TRIPLES_FP16 = tl.constexpr(three_bit_fields(bfloat16=False))
 TRIPLES_BF16 = tl.constexpr(three_bit_fields(bfloat16=True))
+
+# Where the fragment leaves the code of each slice, so that the spread zero point of a group (`spread_zero` in layout.py) can be
+# put under the same exponent: (left shift of the spread zero, first bit of the field, exponent).
+NIBBLES_FP16_PLACES = tl.constexpr(((0, 0, 0x6400), (0, 4, 0x5400)))
+NIBBLES_BF16_PLACES = tl.constexpr(((0, 0, 0x4300), (0, 0, 0x4300)))
+PAIRS_FP16_PLACES = tl.constexpr(((0, 0, 0x6400), (0, 2, 0x5C00), (0, 4, 0x5400), (0, 6, 0x4C00)))
+PAIRS_BF16_PLACES = tl.constexpr(((0, 0, 0x4300), (0, 2, 0x4200), (0, 4, 0x4100), (0, 0, 0x4300)))
+TRIPLES_FP16_PLACES = tl.constexpr(((0, 0, 0x6400), (2, 2, 0x5C00), (0, 4, 0x5400), (2, 6, 0x4C00)) * 2)
+TRIPLES_BF16_PLACES = tl.constexpr(((0, 0, 0x4300), (2, 2, 0x4200), (0, 4, 0x4100), (0, 0, 0x4300)) * 2)
+BYTES_FP16_PLACES = tl.constexpr(((0, 0, 0x6400),))

@@ -12,7 +12,8 @@ to the last token; only the stores are masked.
 """
 
 # Triton takes its argument types from the launch; an annotation other than constexpr would not compile.
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-redef"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-redef, assignment"
+# ruff: noqa: RUF005 (Triton has no iterable unpacking)
 
 from __future__ import annotations
 
@@ -83,7 +84,7 @@ def gemm(
 ):
     """One [BM, BN] tile, or its partial sums.
 
-    x [M, X_STRIDE]; w uint8 [BLOCKS, PLANES, N, SLICE] (+ slack), W_STRIDE and PLANE_STRIDE in bytes, int64; words int32
+    x [M, X_STRIDE]; w uint8 [BLOCKS, PLANES, N, SLICE] (+ slack), W_STRIDE and PLANE_STRIDE in bytes; words int32
     [BLOCKS, GROUPS, N] (+ slack), WORD_STRIDE = GROUPS * N, or 0 when one word serves all of a row; y [M, N].
     MIXED: bytes of a word are in the order k, k + 2, k + 1, k + 3. RAGGED: x ends at K inside the last block. ON_SUM: the
     group scale multiplies the sum of a group, not the weights. SWAP: weights are the left operand of the MMA.
@@ -115,7 +116,7 @@ def gemm(
         stretch = tl.cdiv(BLOCKS, SPLIT)
         first = tl.program_id(2) * stretch
         last = tl.minimum(first + stretch, BLOCKS)
-        w_ptr += first * W_STRIDE
+        w_ptr += first.to(tl.int64) * W_STRIDE
         x_ptr += first * (SLICES * SLICE)
         if GROUPS > 0:
             word_ptr += first * WORD_STRIDE

@@ -13,7 +13,8 @@ INLINE (NVIDIA) runs the PTX of `fragments.py`; the interpreter and other GPUs r
 """
 
 # Triton takes its argument types from the launch; an annotation other than constexpr would not compile.
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-redef"
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-redef, assignment"
+# ruff: noqa: RUF005 (Triton has no iterable unpacking)
 
 from __future__ import annotations
 
@@ -24,13 +25,20 @@ from quant.kernels.gpu.jit.fragments import (
     AFFINE,
     AFFINE_PAIR,
     BYTES_FP16,
+    BYTES_FP16_PLACES,
     BYTES_FP32,
     NIBBLES_BF16,
+    NIBBLES_BF16_PLACES,
     NIBBLES_FP16,
+    NIBBLES_FP16_PLACES,
     PAIRS_BF16,
+    PAIRS_BF16_PLACES,
     PAIRS_FP16,
+    PAIRS_FP16_PLACES,
     TRIPLES_BF16,
+    TRIPLES_BF16_PLACES,
     TRIPLES_FP16,
+    TRIPLES_FP16_PLACES,
 )
 
 
@@ -88,7 +96,11 @@ def from_fields(fields, words, PLACES: tl.constexpr, BITS: tl.constexpr, COMPUTE
     NARROW: tl.constexpr = tl.bfloat16 if COMPUTE == "bf16" else tl.float16  # float32 unpacks through float16: exact too
     for i in tl.static_range(len(fields)):
         word = words[i * len(words) // len(fields)]
-        zero = (((word >> 16) << PLACES[i][0]) & ((2**BITS - 1) << PLACES[i][1]) | PLACES[i][2]).to(tl.int16).to(NARROW, bitcast=True)
+        zero = (
+            ((((word >> 16) << PLACES[i][0]) & ((2**BITS - 1) << PLACES[i][1])) | PLACES[i][2])
+            .to(tl.int16)
+            .to(NARROW, bitcast=True)
+        )
         w = (fields[i] - zero).to(T)
         if SCALED:
             w = w * group_scale(word, T)
@@ -112,14 +124,15 @@ def from_codes(codes, words, BITS: tl.constexpr, COMPUTE: tl.constexpr, SCALED: 
 
 @triton.jit
 def int4(planes, words, COMPUTE: tl.constexpr, SCALED: tl.constexpr, INLINE: tl.constexpr):
+    OUT: tl.constexpr = "=&r,=&r,=&r,=&r,r"
     if not INLINE:
         return from_codes((planes[0] & 15, planes[0] >> 4), words, 4, COMPUTE, SCALED)
     elif COMPUTE == "bf16":
-        f = tl.inline_asm_elementwise(NIBBLES_BF16, "=&r,=&r,=&r,=&r,r", planes, dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
-        return from_fields(f, words, ((0, 0, 0x4300), (0, 0, 0x4300)), 4, COMPUTE, SCALED)
+        f = tl.inline_asm_elementwise(NIBBLES_BF16, OUT, planes, dtype=(tl.bfloat16,) * 2, is_pure=True, pack=4)
+        return from_fields(f, words, NIBBLES_BF16_PLACES, 4, COMPUTE, SCALED)
     else:
-        f = tl.inline_asm_elementwise(NIBBLES_FP16, "=&r,=&r,=&r,=&r,r", planes, dtype=(tl.float16, tl.float16), is_pure=True, pack=4)
-        return from_fields(f, words, ((0, 0, 0x6400), (0, 4, 0x5400)), 4, COMPUTE, SCALED)
+        f = tl.inline_asm_elementwise(NIBBLES_FP16, OUT, planes, dtype=(tl.float16,) * 2, is_pure=True, pack=4)
+        return from_fields(f, words, NIBBLES_FP16_PLACES, 4, COMPUTE, SCALED)
 
 
 @triton.jit
@@ -130,12 +143,10 @@ def int2(planes, words, COMPUTE: tl.constexpr, SCALED: tl.constexpr, INLINE: tl.
         return from_codes((p & 3, (p >> 2) & 3, (p >> 4) & 3, p >> 6), words, 2, COMPUTE, SCALED)
     elif COMPUTE == "bf16":
         f = tl.inline_asm_elementwise(PAIRS_BF16, OUT, planes, dtype=(tl.bfloat16,) * 4, is_pure=True, pack=4)
-        PB: tl.constexpr = ((0, 0, 0x4300), (0, 2, 0x4200), (0, 4, 0x4100), (0, 0, 0x4300))
-        return from_fields(f, words, PB, 2, COMPUTE, SCALED)
+        return from_fields(f, words, PAIRS_BF16_PLACES, 2, COMPUTE, SCALED)
     else:
         f = tl.inline_asm_elementwise(PAIRS_FP16, OUT, planes, dtype=(tl.float16,) * 4, is_pure=True, pack=4)
-        PH: tl.constexpr = ((0, 0, 0x6400), (0, 2, 0x5C00), (0, 4, 0x5400), (0, 6, 0x4C00))
-        return from_fields(f, words, PH, 2, COMPUTE, SCALED)
+        return from_fields(f, words, PAIRS_FP16_PLACES, 2, COMPUTE, SCALED)
 
 
 @triton.jit
@@ -150,12 +161,10 @@ def int3(planes, words, COMPUTE: tl.constexpr, SCALED: tl.constexpr, INLINE: tl.
         return from_codes(codes, words, 3, COMPUTE, SCALED)
     elif COMPUTE == "bf16":
         f = tl.inline_asm_elementwise(TRIPLES_BF16, OUT, planes, dtype=(tl.bfloat16,) * 8, is_pure=True, pack=4)
-        PB: tl.constexpr = ((0, 0, 0x4300), (2, 2, 0x4200), (0, 4, 0x4100), (0, 0, 0x4300)) * 2
-        return from_fields(f, words, PB, 3, COMPUTE, SCALED)
+        return from_fields(f, words, TRIPLES_BF16_PLACES, 3, COMPUTE, SCALED)
     else:
         f = tl.inline_asm_elementwise(TRIPLES_FP16, OUT, planes, dtype=(tl.float16,) * 8, is_pure=True, pack=4)
-        PH: tl.constexpr = ((0, 0, 0x6400), (2, 2, 0x5C00), (0, 4, 0x5400), (2, 6, 0x4C00)) * 2
-        return from_fields(f, words, PH, 3, COMPUTE, SCALED)
+        return from_fields(f, words, TRIPLES_FP16_PLACES, 3, COMPUTE, SCALED)
 
 
 @triton.jit
@@ -164,7 +173,7 @@ def int8(planes, words, COMPUTE: tl.constexpr, SCALED: tl.constexpr, INLINE: tl.
         return from_codes((planes[0],), words, 8, COMPUTE, SCALED)
     elif COMPUTE == "fp16":
         f = tl.inline_asm_elementwise(BYTES_FP16, "=&r,=&r,r", planes, dtype=tl.float16, is_pure=True, pack=4)
-        return from_fields((f,), words, ((0, 0, 0x6400),), 8, COMPUTE, SCALED)
+        return from_fields((f,), words, BYTES_FP16_PLACES, 8, COMPUTE, SCALED)
     else:
         T: tl.constexpr = float_type(COMPUTE)
         f = tl.inline_asm_elementwise(BYTES_FP32, "=&r,=&r,=&r,=&r,r", planes, dtype=tl.float32, is_pure=True, pack=4)

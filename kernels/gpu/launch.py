@@ -1,0 +1,67 @@
+"""What the operators share: the device's facts, the refusals that concern the device, and running a plan."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quant.kernels.dispatch import MatmulSpec
+from quant.kernels.gpu.plan import Layer, plan
+from quant.kernels.gpu.program import run
+from quant.kernels.gpu.tiles import table_arch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_K = (2**31 - 1) // (127 * 128)  # |code| <= 127 times |weight| <= 128 must add up inside int32
+
+
+@functools.cache
+def device_facts(index: int) -> tuple[int, int]:
+    """(architecture of the table, number of multiprocessors) of CUDA device `index`."""
+    facts = torch.cuda.get_device_properties(index)
+    return table_arch(10 * facts.major + facts.minor), facts.multi_processor_count
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def matmul(
+    layer: Layer, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor], facts: tuple[int, int] | None = None
+) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype: the launches of the plan, no synchronization. `facts`: see `device_facts`; those of
+    x's device when None. On CPU tensors the programs must be interpreted."""
+    assert x.dtype in DTYPES, f"x is {x.dtype}"
+    m = x.shape[0]
+    y = x.new_empty(m, layer.n)
+    if m == 0:
+        return y
+    arch, processors = facts or device_facts(x.get_device())
+    steps = plan(layer, m, arch, processors, "cuda" if x.is_cuda else "interpreter")
+    known = {**tensors, "x": x, "y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}
+    if bias is not None:
+        known["bias"] = bias
+    if x.is_cuda:
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            run(steps, known, m)
+    else:
+        run(steps, known, m)
+    return y
+
+
+def device_refuses(spec: MatmulSpec) -> str | None:
+    """Why no Triton program of ours can run here, or None."""
+    if spec.device != "cuda":
+        return f"runs on cuda, not on {spec.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip:
+        return "its tables have no AMD architecture"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 or later"
+    return None

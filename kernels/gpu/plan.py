@@ -1,0 +1,173 @@
+"""From a layer and a number of tokens to the launches that compute it: the only place where programs are put together."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from quant.kernels.gpu.layout import POLICIES
+from quant.kernels.gpu.program import Plan, Program, Scratch, Step, Value
+from quant.kernels.gpu.tiles import Tile, Variant, choose
+
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8", "int32": "*i32"}
+COMPUTE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+QUANTIZE_BLOCK = 2048  # elements per step of the activation program: 16 bytes of bfloat16 for each of 256 threads
+COMBINE_TILE = (4, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One packed linear as the GPU kernels see it; all that the programs depend on, the tokens' number apart."""
+
+    policy: str
+    n: int
+    k: int
+    slice: int
+    groups: int  # per K block
+    per_row: bool = False  # one parameter word serves a whole row
+    x: str = "bfloat16"  # dtype of tokens and output: float32, bfloat16, float16
+    bias: str | None = None  # its dtype
+    divisor: bool = False  # the tokens are divided by a vector [K] before they are quantized
+
+    @property
+    def variant(self) -> Variant:
+        compute = "int8" if POLICIES[self.policy].integer else COMPUTE[self.x]
+        return Variant(policy=self.policy, slice=self.slice, groups=self.groups, compute=compute)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.k // self.variant.block)
+
+
+Arguments = list[tuple[str, str, str | int]]  # (name, Triton type, tensor or number)
+
+
+def program(
+    name: str, arguments: Arguments, constants: dict[str, Value], warps: int, stages: int, fusion: bool
+) -> tuple[Program, tuple[tuple[str, str | int], ...]]:
+    """The program and the binding of its arguments. A pointer to None becomes a constant; numbers count as aligned by value."""
+    given = [(n, t, v) for n, t, v in arguments if v != ""]
+    absent: dict[str, Value] = {n: None for n, _, v in arguments if v == ""}
+    aligned = tuple(n for n, t, v in given if t[0] == "*" or (isinstance(v, int) and v % 16 == 0))
+    built = Program(
+        name=name,
+        signature=tuple((n, t) for n, t, _ in given),
+        constants=tuple({**absent, **constants}.items()),
+        aligned=aligned,
+        warps=warps,
+        stages=stages,
+        fusion=fusion,
+    )
+    return built, tuple((n, v) for n, _, v in given)
+
+
+def output(dtype: str) -> str:
+    """Triton type of y: bfloat16 is stored as its bits, see `bfloat16_bits`."""
+    return "*i16" if dtype == "bfloat16" else POINTER[dtype]
+
+
+def quantize_step(layer: Layer) -> Step:
+    """x [M, K] -> codes int8 [M, K padded to blocks], x_scale [M]."""
+    arguments: Arguments = [
+        ("x_ptr", POINTER[layer.x], "x"),
+        ("divisor_ptr", "*fp32", "divisor" if layer.divisor else ""),
+        ("q_ptr", "*i8", "codes"),
+        ("scale_ptr", "*fp32", "x_scale"),
+        ("sum_ptr", "*i32", ""),
+        ("K", "i32", layer.k),
+        ("K_PAD", "i32", layer.blocks * layer.variant.block),
+    ]
+    built, bound = program("quantize", arguments, {"BLOCK": QUANTIZE_BLOCK, "GROUP": 1}, 8, 1, False)
+    return Step(program=built, arguments=bound, rows=1)
+
+
+def epilogue(layer: Layer) -> Arguments:
+    quantized = POLICIES[layer.policy].integer
+    return [
+        ("x_scale_ptr", "*fp32", "x_scale" if quantized else ""),
+        ("row_scale_ptr", "*fp32", "row_scale"),
+        ("bias_ptr", POINTER[layer.bias or "float32"], "bias" if layer.bias else ""),
+    ]
+
+
+def stride(name: str, value: int) -> tuple[str, str, str | int]:
+    return name, "i32" if value < 2**31 else "i64", value
+
+
+def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
+    """target: "cuda" takes the fragments; "hip" and "interpreter" the plain twin, the latter without bfloat16 arithmetic,
+    which the interpreter gets wrong."""
+    policy, variant = POLICIES[layer.policy], layer.variant
+    words = policy.words(layer.groups)
+    width = layer.blocks * variant.block if policy.integer else layer.k
+    sums = "*i32" if policy.integer else "*fp32"
+    arguments: Arguments = [
+        ("x_ptr", "*i8" if policy.integer else POINTER[layer.x], "codes" if policy.integer else "x"),
+        ("w_ptr", "*u8", "weight"),
+        ("word_ptr", "*i32", "words" if words else ""),
+        *epilogue(layer),
+        ("y_ptr", sums if splits > 1 else output(layer.x), "partial" if splits > 1 else "y"),
+        ("M", "i32", "M"),
+        ("N", "i32", layer.n),
+        ("K", "i32", layer.k),
+        ("X_STRIDE", "i32", width),
+        ("BLOCKS", "i32", layer.blocks),
+        stride("W_STRIDE", policy.planes * layer.n * layer.slice),
+        stride("PLANE_STRIDE", layer.n * layer.slice),
+        ("WORD_STRIDE", "i32", 0 if layer.per_row else words * layer.n),
+    ]
+    constants: dict[str, Value] = {
+        "UNPACK": layer.policy,
+        "COMPUTE": "fp32" if target == "interpreter" and variant.compute == "bf16" else variant.compute,
+        "PLANES": policy.planes,
+        "SLICES": policy.slices,
+        "SLICE": layer.slice,
+        "GROUPS": words,
+        "MIXED": policy.mixed,
+        "RAGGED": not policy.integer and layer.k % variant.block != 0,
+        "ON_SUM": tile.on_sum,
+        "SPLIT": splits,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "SWAP": tile.swap,
+        "INLINE": target == "cuda",
+    }
+    built, bound = program("gemm", arguments, constants, tile.warps, tile.stages, not policy.integer)
+    return Step(program=built, arguments=bound, rows=tile.bm, columns=tile.bn, splits=splits, n=layer.n)
+
+
+def combine_step(layer: Layer, splits: int) -> Step:
+    sums = "*i32" if POLICIES[layer.policy].integer else "*fp32"
+    arguments: Arguments = [
+        ("part_ptr", sums, "partial"),
+        *epilogue(layer),
+        ("y_ptr", output(layer.x), "y"),
+        ("M", "i32", "M"),
+        ("N", "i32", layer.n),
+    ]
+    rows, columns = COMBINE_TILE
+    built, bound = program("combine", arguments, {"SPLIT": splits, "BM": rows, "BN": columns}, 4, 1, False)
+    return Step(program=built, arguments=bound, rows=rows, columns=columns, n=layer.n)
+
+
+def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Plan:
+    """The launches for given parameters."""
+    steps: list[Step] = []
+    scratch: list[Scratch] = []
+    if POLICIES[layer.policy].integer:
+        steps.append(quantize_step(layer))
+        scratch.append(Scratch(name="codes", dtype="int8", per_token=layer.blocks * layer.variant.block))
+        scratch.append(Scratch(name="x_scale", dtype="float32", per_token=1))
+    steps.append(gemm_step(layer, tile, splits, target))
+    if splits > 1:
+        sums = "int32" if POLICIES[layer.policy].integer else "float32"
+        scratch.append(Scratch(name="partial", dtype=sums, per_token=splits * layer.n))
+        steps.append(combine_step(layer, splits))
+    return Plan(steps=tuple(steps), scratch=tuple(scratch))
+
+
+@functools.lru_cache(4096)
+def plan(layer: Layer, m: int, arch: int, processors: int, target: str = "cuda") -> Plan:
+    """The launches for `m` tokens on a device with the table of `arch` and so many multiprocessors."""
+    tile, splits = choose(arch, layer.variant, m, layer.n, layer.k, processors)
+    return plan_with(layer, tile, splits, target)

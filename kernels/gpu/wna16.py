@@ -1,0 +1,137 @@
+"""`gpu_wna16`: 2, 3, 4 and 8-bit `int_group` weights times float tokens on NVIDIA GPUs, added in float32.
+
+    y[m, n] = row_scale[n] * sum_g scale[n, g] * sum_{k in g} x[m, k] * (code[n, k] - zero[n, g]) + bias[n]
+
+code - zero is exact in the type of the tokens. For few tokens the scale multiplies the float32 sum of a group, so no weight is
+ever rounded; in tiles where it multiplies the weights instead, each is rounded once to the tokens' type.
+
+Layout: `layout.py`. A parameter word holds the float16 bits of the scale and the spread zero point. With one group per row
+(group -1) the scale is `row_scale`, float32, and one word per row, of scale 1, serves all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
+from quant.kernels.format import Fields
+from quant.kernels.formats.int_group import IntGroup, pack_bits, unpack_bits
+from quant.kernels.gpu import launch
+from quant.kernels.gpu.layout import (
+    POLICIES,
+    Policy,
+    blocks_of,
+    from_words,
+    group_of_run,
+    pack_weight,
+    spread_zero,
+    to_words,
+    unpack_weight,
+)
+from quant.kernels.gpu.plan import Layer
+
+ONE = 0x3C00  # float16 bits of 1
+
+
+def policy_of(bits: int) -> Policy:
+    return POLICIES[f"int{bits}"]
+
+
+def layer_of(n: int, k: int, bits: int, group: int, x: torch.dtype, bias: Tensor | None) -> Layer:
+    blocking = policy_of(bits).blocking(group)
+    assert blocking is not None, f"{bits}-bit codes in groups of {group} have no blocking"
+    return Layer(
+        policy=f"int{bits}",
+        n=n,
+        k=k,
+        slice=blocking[0],
+        groups=blocking[1],
+        per_row=group == -1,
+        x=launch.dtype_name(x),
+        bias=None if bias is None else launch.dtype_name(bias.dtype),
+    )
+
+
+def to_device_layout(fields: Mapping[str, Tensor], fmt: IntGroup, n: int, k: int) -> Prepared:
+    """`int_group` fields -> (weight, words, row_scale)."""
+    policy = policy_of(fmt.bits)
+    blocking = policy.blocking(fmt.group)
+    assert blocking is not None
+    slice_, groups = blocking
+    weight = pack_weight(unpack_bits(fields["weight_packed"], fmt.bits, k), policy, slice_)
+    scale = fields["weight_scale"]
+    if fmt.symmetric:
+        zero = torch.full(scale.shape, 2 ** (fmt.bits - 1), device=scale.device)
+    else:
+        zero = fields["weight_zero"].to(torch.int64)
+    high = spread_zero(zero, fmt.bits) << 16
+    if fmt.group == -1:
+        return weight, to_words(high | ONE), scale.flatten().clone()
+    low = scale.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
+    runs = blocks_of(policy, k, slice_) * groups
+    picked = group_of_run(k, fmt.group, runs, policy.slices * slice_ // groups).to(scale.device)
+    return weight, to_words((high | low)[:, picked]), torch.ones(n, device=scale.device)
+
+
+def from_device_layout(prepared: Prepared, fmt: IntGroup, n: int, k: int) -> Fields:
+    """Exact inverse of `to_device_layout`."""
+    weight, words, row_scale = prepared
+    policy = policy_of(fmt.bits)
+    values = from_words(words, n)  # [N, runs]
+    if fmt.group == -1:
+        scale = row_scale.unsqueeze(1)
+    else:
+        run = policy.slices * weight.shape[1] * blocks_of(policy, k, weight.shape[1]) // values.shape[1]
+        values = values[:, :: fmt.group // run][:, : k // fmt.group]  # the first run of each group
+        low = values & 0xFFFF
+        scale = torch.where(low < 2**15, low, low - 2**16).to(torch.int16).contiguous().view(torch.float16)
+    out = {"weight_packed": pack_bits(unpack_weight(weight, policy, n, k), fmt.bits), "weight_scale": scale}
+    return out if fmt.symmetric else out | {"weight_zero": (values >> 16 & (2**fmt.bits - 1)).to(torch.uint8)}
+
+
+@torch.library.custom_op("lowbit::gpu_wna16", mutates_args=(), device_types="cuda")
+def gpu_wna16(
+    x: Tensor, weight: Tensor, words: Tensor, row_scale: Tensor, bias: Tensor | None, bits: int, group: int
+) -> Tensor:
+    """x [M, K] -> [M, N] in x's dtype; the other tensors as `prepare` made them, bias [N] of any float dtype."""
+    layer = layer_of(row_scale.shape[0], x.shape[1], bits, group, x.dtype, bias)
+    return launch.matmul(layer, x, bias, {"weight": weight, "words": words, "row_scale": row_scale})
+
+
+@gpu_wna16.register_fake
+def _(x: Tensor, weight: Tensor, words: Tensor, row_scale: Tensor, bias: Tensor | None, bits: int, group: int) -> Tensor:
+    return x.new_empty(x.shape[0], row_scale.shape[0])
+
+
+@register
+class GpuWnA16(Kernel):
+    """int_group with float tokens on NVIDIA GPUs of compute capability 8.0 and later."""
+
+    name: ClassVar[str] = "gpu_wna16"
+    priority: ClassVar[int] = 20
+
+    def refuses(self, spec: MatmulSpec) -> str | None:
+        if not isinstance(spec.format, IntGroup):
+            return f"multiplies int_group, not {spec.format.name}"
+        if spec.activation != "none":
+            return f"takes float tokens, not {spec.activation!r}"
+        if policy_of(spec.format.bits).blocking(spec.format.group) is None:
+            return f"needs a group length that 32 divides, not {spec.format.group}"
+        return launch.device_refuses(spec)
+
+    def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
+        assert isinstance(spec.format, IntGroup)
+        return to_device_layout(fields, spec.format, spec.n, spec.k)
+
+    def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
+        assert isinstance(spec.format, IntGroup)
+        return from_device_layout(prepared, spec.format, spec.n, spec.k)
+
+    def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
+        assert isinstance(spec.format, IntGroup)
+        y: Tensor = gpu_wna16(x, *prepared, bias, spec.format.bits, spec.format.group)
+        return y

@@ -1,0 +1,130 @@
+"""Every PTX fragment against the formula it stands for, over all its inputs, by evaluating the PTX. No GPU, no interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the fragments are part of Triton programs")
+
+from quant.kernels.gpu import ptx
+from quant.kernels.gpu.jit import fragments
+from quant.kernels.gpu.layout import POLICIES, spread_zero
+
+
+def packed_cases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scale, base, word): every legal (s, b) against every byte in every lane, its neighbours empty, full and mixed."""
+    scale = torch.cat([torch.full((256 - 15 * s,), s) for s in range(18)])
+    base = torch.cat([torch.arange(256 - 15 * s) for s in range(18)])
+    return scale[:, None], base[:, None], every_byte()[None]
+
+
+def every_byte() -> torch.Tensor:
+    """Words [4 * 3 * 256]: every byte in every lane, its neighbours empty, full and mixed."""
+    byte = torch.arange(256)
+    rest = torch.stack([torch.zeros_like(byte), torch.full_like(byte, 0xFFFFFFFF), byte * 2654435761 & 0xFFFFFFFF])
+    return torch.stack([(rest & ~(255 << 8 * lane)) | byte << 8 * lane for lane in range(4)]).flatten()
+
+
+def lanes(word: torch.Tensor) -> torch.Tensor:
+    return torch.stack([word >> 8 * i & 255 for i in range(4)])
+
+
+def as_int8(word: torch.Tensor) -> torch.Tensor:
+    return lanes(word).to(torch.uint8).view(torch.int8)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_packed_affine_step_is_exact_for_every_input(pair):
+    scale, base, word = packed_cases()
+    # With `pair` the other half gets a different legal group: the list of groups, rotated.
+    scale_high, base_high = (scale.roll(1234, 0), base.roll(1234, 0)) if pair else (scale, base)
+    groups = scale | base << 8 | scale_high << 16 | base_high << 24
+    assembly = fragments.AFFINE_PAIR if pair else fragments.AFFINE
+    for chunk in range(0, len(scale), 256):
+        part = slice(chunk, chunk + 256)
+        low, high = ptx.run(assembly.value, [word, groups[part]], 2)
+        expected_low = (lanes(word) & 15) * scale[part] + base[part] - 128
+        expected_high = (lanes(word) >> 4) * scale_high[part] + base_high[part] - 128
+        assert torch.equal(as_int8(low), expected_low.to(torch.int8))
+        assert torch.equal(as_int8(high), expected_high.to(torch.int8))
+
+
+def halves(word: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The two 16-bit floats of each word, in float64: [2, ...]."""
+    bits = torch.stack([word & 0xFFFF, word >> 16 & 0xFFFF])
+    return torch.where(bits < 2**15, bits, bits - 2**16).to(torch.int16).view(dtype).double()
+
+
+def codes_of(policy: str, planes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """slice -> codes [4, words] by byte of the word, read from the layout's own table of fields."""
+    out = []
+    for places in POLICIES[policy].fields:
+        code = torch.zeros_like(lanes(planes[0]))
+        for plane, start, bits, at in places:
+            code |= (lanes(planes[plane]) >> at & (2**bits - 1)) << start
+        out.append(code)
+    return out
+
+
+def plane_cases(planes: int) -> list[torch.Tensor]:
+    """Words of each plane. One plane: every byte in every lane. Three: a slice reads one of the first two and the third plane,
+    so every pair of bytes of those, in every lane, the other lanes and the other plane mixed."""
+    if planes == 1:
+        return [every_byte()]
+    a, c, lane = (t.flatten() for t in torch.meshgrid(torch.arange(256), torch.arange(256), torch.arange(4), indexing="ij"))
+    mixed = [(t * 2654435761 + i * 40503 + 12345) & 0xFFFFFFFF for i, t in enumerate((c + 5 * a, a + 3 * c, a ^ c))]
+    first, third = ((m & ~(255 << 8 * lane)) | t << 8 * lane for m, t in zip(mixed[:2], (a, c), strict=True))
+    return [torch.cat([first, mixed[2]]), torch.cat([mixed[2], first]), torch.cat([third, third])]
+
+
+FLOATS = [
+    ("int2", "PAIRS", 2),
+    ("int3", "TRIPLES", 3),
+    ("int4", "NIBBLES", 4),
+]
+
+
+@pytest.mark.parametrize("kind", ["FP16", "BF16"])
+@pytest.mark.parametrize(("policy", "name", "bits"), FLOATS)
+def test_fields_become_floats_exactly(policy, name, bits, kind):
+    """Register 2i + j of a fragment holds bytes j and j + 2 of slice i (neighbours in the mixed order): 2^(p - f) + code."""
+    dtype = torch.float16 if kind == "FP16" else torch.bfloat16
+    assembly = getattr(fragments, f"{name}_{kind}").value
+    places = getattr(fragments, f"{name}_{kind}_PLACES").value
+    words = plane_cases(POLICIES[policy].planes)
+    out = ptx.run(assembly, words, 2 * len(places))
+    for i, codes in enumerate(codes_of(policy, words)):
+        base = halves(torch.tensor(places[i][2]), dtype)[0]
+        for j in (0, 1):
+            assert torch.equal(halves(out[2 * i + j], dtype), base + codes[[j, j + 2]]), (i, j)
+
+
+@pytest.mark.parametrize("kind", ["FP16", "BF16"])
+@pytest.mark.parametrize(("policy", "name", "bits"), [*FLOATS, ("int8", "BYTES", 8)])
+def test_code_minus_zero_is_exact(policy, name, bits, kind):
+    """The zero point under the exponent of its slice, as `from_fields` puts it there; every code against every zero."""
+    if (policy, kind) == ("int8", "BF16"):
+        pytest.skip("8-bit codes for bfloat16 go through float32, tested below")
+    dtype = torch.float16 if kind == "FP16" else torch.bfloat16
+    code, zero = torch.arange(2**bits)[:, None], torch.arange(2**bits)[None]
+    for shift, start, exponent in getattr(fragments, f"{name}_{kind}_PLACES").value:
+        base = halves(torch.tensor(exponent), dtype)[0]
+        placed = (spread_zero(zero, bits) << shift & (2**bits - 1) << start) | exponent
+        assert torch.equal(halves(placed, dtype)[0], base + zero), "not under its exponent"
+        difference = (base + code).to(dtype) - halves(placed, dtype)[0].to(dtype)
+        assert torch.equal(difference.double(), (code - zero).double())
+
+
+def test_bytes_become_floats_exactly():
+    word = every_byte()
+    first, second = ptx.run(fragments.BYTES_FP16.value, [word], 2)
+    assert torch.equal(torch.cat([halves(first, torch.float16), halves(second, torch.float16)]), 1024.0 + lanes(word))
+    wide = torch.stack(ptx.run(fragments.BYTES_FP32.value, [word], 4)).to(torch.int32).view(torch.float32)
+    assert torch.equal(wide.double(), 2.0**23 + lanes(word))
+    code, zero = torch.arange(256)[:, None], torch.arange(256)[None]
+    difference = (2.0**23 + code).float() - (zero | 0x4B000000).to(torch.int32).view(torch.float32)
+    assert torch.equal(difference.to(torch.bfloat16).double(), (code - zero).double())
+
+
+def test_unknown_opcodes_do_not_pass():
+    with pytest.raises(KeyError):
+        ptx.run("{ not.b32 $0, $1; }", [torch.tensor(1)], 1)
