@@ -1,8 +1,8 @@
 """How fast the CPU kernels are beside torch's own, in one process: `python -m quant.eval.kernel_speed [--threads 1]`.
 
 Rivals: `torch int4` (aten::_weight_int4pack_mm_for_cpu, bfloat16 tokens, group 128), `torch int8` (torch._int_mm, whose
-tokens are already quantized and whose output is raw int32), `torch bf16` (linear). Candidates take
-turns within every round, so a machine that slows down slows all of them; medians over calls are printed. One token reads
+tokens are already quantized and whose output is raw int32), `torch bf16` (linear), and where llama-cpp-python is
+installed ggml's `Q4_0` and `Q8_0` (float32 tokens, groups of 32). Candidates take turns within every round, so a machine that slows down slows all of them; medians over calls are printed. One token reads
 its weights cold: each call uses the next of enough copies to exceed the last-level cache several times, and a turn is
 eight calls, as a decoder calls one kernel layer after layer. `stream` is the yardstick of reading bandwidth: a C++ loop
 that only adds up memory, in huge pages and asking ahead as the kernels do, the fastest way found. The share of it that a
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from quant.eval.rivals import ggml
 from quant.kernels import dispatch
 from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
@@ -103,8 +104,8 @@ def placed(kernel: dispatch.Kernel, prepared: dispatch.Prepared) -> dispatch.Pre
     return prepared if joined is None else joined[1][0]
 
 
-def rivals(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
-    """The same for torch's kernels, and for plain reading."""
+def rivals(m: int, n: int, k: int, threads: int) -> dict[str, tuple[Call, int]]:
+    """The same for torch's and ggml's kernels, and for plain reading."""
     x, q = torch.randn(m, k).bfloat16(), torch.randint(-127, 128, (m, k), dtype=torch.int8)
     cold = m == 1
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
@@ -123,6 +124,9 @@ def rivals(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     if m > 16:  # torch._int_mm accepts no fewer tokens
         weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
         out["torch int8"] = (lambda: torch._int_mm(q, weight.t())), n * k
+    for kind in ("Q4_0", "Q8_0") if ggml.installed() else ():
+        product = ggml.random(kind, m, n, k, threads, COLD_BYTES if cold else 0)
+        out[f"ggml {kind}"] = product, product.weight_bytes
     chunk = torch.ones(STREAM_BYTES // 8, dtype=torch.int64)
     out["torch sum"] = rotating(torch.sum, copies_of((chunk,), cold=True)), STREAM_BYTES
     read = library.load().lowbit_read
@@ -158,7 +162,7 @@ def kernel_speed(
     rows = []
     try:
         for m in tokens:
-            candidates = ours(m, n, k) | rivals(m, n, k)
+            candidates = ours(m, n, k) | rivals(m, n, k, threads)
             counted, burst = rounds or (25 if m == 1 else 9), 8 if m == 1 else 1
             times = measure({name: call for name, (call, _) in candidates.items()}, counted, burst)
             stream = candidates["stream"][1] / times["stream"]
@@ -168,7 +172,7 @@ def kernel_speed(
                 row |= {"weight_gb_s": bandwidth / 1e9, "of_stream": bandwidth / stream}
                 if name not in ("stream", "torch sum"):
                     row["tops"] = 2e-12 * m * n * k / seconds
-                    matmuls = [rival for rival in times if rival.startswith("torch") and rival != "torch sum"]
+                    matmuls = [rival for rival in times if rival.startswith(("torch", "ggml")) and rival != "torch sum"]
                     row["speed_vs"] = {rival: times[rival] / seconds for rival in matmuls}
                 rows.append(row)
     finally:
@@ -178,7 +182,7 @@ def kernel_speed(
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
-    versus = ["torch int4", "torch int8", "torch bf16"]
+    versus = ["torch int4", "torch int8", "torch bf16", "ggml Q4_0", "ggml Q8_0"]
     out = Table(title=f"CPU kernels, torch {torch.__version__}, times are medians, ratios above 1 are faster")
     for heading in ("threads", "M", "N x K", "kernel", "ms", "TOPS", "GB/s", "of stream", *(f"vs {name}" for name in versus)):
         out.add_column(heading, justify="left" if heading == "kernel" else "right")

@@ -17,10 +17,8 @@ from quant.eval.rivals import gguf_writer
 from quant.eval.rivals.base import Rival
 from quant.eval.speed_worker import Repeat, Workload, prompt_ids, text_metrics
 
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def silent(level: int, text: bytes, data: int) -> None:
-    """A log that keeps nothing."""
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+silent = LOG(lambda level, text, data: None)  # kept here: the library calls it as long as the process lives
 
 
 class LlamaCpp(Rival):

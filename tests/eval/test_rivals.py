@@ -1,12 +1,15 @@
 """Rivals: names, what happens without them or when they fail, the GGUF file that is made for llama.cpp, its tokens."""
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM
 
 from quant.eval import contender, loading, report, speed
-from quant.eval.rivals import base, gguf_writer
+from quant.eval.rivals import base, ggml, gguf_writer
 from quant.eval.rivals.base import FILES, Choice, choices
 from quant.eval.speed_worker import Repeat, Workload, open_model
 from quant.gguf_llama import hf_name, unpermute
@@ -170,3 +173,18 @@ def test_what_a_rival_raises_is_one_line(llama, tmp_path):
     with pytest.raises(ValueError, match="does not load") as caught:
         choice.open(llama, tmp_path, 1, WORK)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 96, 64), (17, 80, 288)])
+def test_ggml_multiplies(kind, m, n, k):
+    pytest.importorskip("llama_cpp")
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((n, k), dtype=np.float32), rng.standard_normal((m, k), dtype=np.float32)
+    product = ggml.Matmul(kind, weight, m, threads=1, copies=2)
+    product.set_tokens(x)
+    code = gguf.GGMLQuantizationType[kind]
+    expected = x.astype(np.float64) @ dequantize(quantize(weight, code), code).astype(np.float64).T
+    for _ in range(3):
+        product()
+        assert np.linalg.norm(product.result() - expected) < 0.01 * np.linalg.norm(expected)  # ggml's tokens are 8 bit
