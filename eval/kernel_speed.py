@@ -1,12 +1,13 @@
 """How fast the CPU kernels are beside torch's own, in one process: `python -m quant.eval.kernel_speed [--threads 1]`.
 
 Rivals: `torch int4` (aten::_weight_int4pack_mm_for_cpu, bfloat16 tokens, group 128), `torch int8` (torch._int_mm, whose
-tokens are already quantized and whose output is raw int32), `torch bf16` (linear), and where llama-cpp-python is
-installed ggml's `Q4_0` and `Q8_0` (float32 tokens, groups of 32). Candidates take turns within every round, so a machine that slows down slows all of them; medians over calls are printed. One token reads
-its weights cold: each call uses the next of enough copies to exceed the last-level cache several times, and a turn is
-eight calls, as a decoder calls one kernel layer after layer. `stream` is the yardstick of reading bandwidth: a C++ loop
-that only adds up memory, in huge pages and asking ahead as the kernels do, the fastest way found. The share of it that a
-kernel reaches counts every byte it stores. `torch sum` reads ordinary memory, as torch's own kernels do.
+tokens are already quantized and whose output is raw int32), `torch bf16` (linear), and where llama-cpp-python is installed
+ggml's `Q4_0` and `Q8_0` (float32 tokens, groups of 32). Candidates take turns within every round, so a machine that slows
+down slows all of them; medians over calls are printed. One token reads its weights cold: each call uses the next of enough
+copies to exceed the last-level cache several times, and a turn is eight calls, as a decoder calls one kernel layer after
+layer. `stream` is the yardstick of reading bandwidth: a C++ loop that only adds up memory, in huge pages and asking ahead as
+the kernels do, the fastest way found. The share of it that a kernel reaches counts every byte it stores. `torch sum` reads
+ordinary memory, as torch's own kernels do.
 """
 
 from __future__ import annotations

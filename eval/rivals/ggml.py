@@ -97,7 +97,8 @@ class Matmul:
         self.lib.backend_cpu_set_n_threads(self.backend, threads)
         device = self.lib.backend_get_device(self.backend)
         n, k = weight.shape
-        for self.buffer_name, kind_of_buffer in self._buffer_types():
+        for name, kind_of_buffer in self._buffer_types():
+            self.buffer_name = name
             weights, context = self._context(copies), self._context(2 * copies + 2, graphs=copies)
             tensors = [self.lib.new_tensor_2d(weights, int(code), k, n) for _ in range(copies)]
             buffer = self.lib.backend_alloc_ctx_tensors_from_buft(weights, kind_of_buffer)
