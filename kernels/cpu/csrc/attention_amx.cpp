@@ -42,7 +42,9 @@ struct TileUnits {
     static void weigh_tile(float* s, const Operands& in, int64_t k0, int n, int64_t dim, const Vec* alpha, float* o) {
         for (int u = (n + 1) / 2; u < (int)round_up(n, 32) / 2; u++)
             for (int i = 0; i < kRegs; i++) store_vec(s + (u * kRegs + i) * kWidth, Vec{});
-        for (int64_t i = 0; i < dim * kRegs; i++) store_vec(o + i * kWidth, load(o + i * kWidth) * alpha[i % kRegs]);
+        if (!all_one(alpha[0]) || !all_one(alpha[1]))
+            for (int64_t d = 0; d < dim; d++)
+                for (int i = 0; i < kRegs; i++) store_vec(o + (d * kRegs + i) * kWidth, load(o + (d * kRegs + i) * kWidth) * alpha[i]);
         settle(s);
         settle(o);
         for (int64_t d = 0; d < dim; d += 32) {
@@ -68,6 +70,8 @@ struct TileUnits {
     }
 
 private:
+    static bool all_one(Vec v) { return _mm512_cmp_ps_mask(v, _mm512_set1_ps(1), _CMP_EQ_OQ) == 0xFFFF; }
+
     static void multiply(const char* a0, const char* a1, int64_t a_row, const char* b) {
         _tile_loadd(4, a0, a_row);
         _tile_loadd(6, b, kRow);

@@ -119,33 +119,30 @@ inline void store_weights(float* to, Vec even, Vec odd) {
 // of keys that each lane sees. Updates the lane's maximum and sum, returns the factor for what was summed before.
 template <class M>
 inline Vec softmax_step(float* s, int n, bool masked, Vec limit, Vec c, Vec& top, Vec& total) {
-    const Vec before = top;
-    const Vec hidden = spread(-__builtin_inff());
-    Vec two[2] = {top, top};
-    for (int j = 0; j < n; j++) {
-        Vec v = load(s + j * kBlockRows);
-        if (masked) {
-            v = spread((float)j) < limit ? v : hidden;
-            store_vec(s + j * kBlockRows, v);
-        }
-        two[j & 1] = larger(v, two[j & 1]);
-    }
-    top = larger(two[0], two[1]);
-    const Vec shift = top * c;
-    const auto weight = [&](int j) { return exp2_of(fused(load(s + j * kBlockRows), c, -shift)); };
-    const Vec alpha = exp2_of(before * c - shift);
-    Vec sum = total * alpha;
-    if constexpr (M::kPairs) {
-        for (int j = 0; j < n; j += 2) {
-            const Vec even = weight(j), odd = j + 1 < n ? weight(j + 1) : Vec{};
-            sum = sum + (even + odd);
-            store_weights(s + j / 2 * kBlockRows, even, odd);
-        }
-    } else {
+    const Vec before = top, hidden = spread(-__builtin_inff());
+    if (n % 2) store_vec(s + n * kBlockRows, hidden);  // two keys at a time
+    if (masked)
         for (int j = 0; j < n; j++) {
-            const Vec w = weight(j);
-            sum = sum + w;
-            store_vec(s + j * kBlockRows, w);
+            const Vec v = load(s + j * kBlockRows);
+            store_vec(s + j * kBlockRows, spread((float)j) < limit ? v : hidden);
+        }
+    Vec other = top;
+    for (int j = 0; j < n; j += 2) {
+        top = larger(load(s + j * kBlockRows), top);
+        other = larger(load(s + (j + 1) * kBlockRows), other);
+    }
+    top = larger(top, other);
+    const Vec shift = top * c, alpha = exp2_of(before * c - shift);
+    Vec sum = total * alpha;
+    for (int j = 0; j < n; j += 2) {
+        const Vec even = exp2_of(fused(load(s + j * kBlockRows), c, -shift));
+        const Vec odd = exp2_of(fused(load(s + (j + 1) * kBlockRows), c, -shift));
+        sum = sum + (even + odd);
+        if constexpr (M::kPairs) {
+            store_weights(s + j / 2 * kBlockRows, even, odd);
+        } else {
+            store_vec(s + j * kBlockRows, even);
+            store_vec(s + (j + 1) * kBlockRows, odd);
         }
     }
     total = sum;
