@@ -137,7 +137,7 @@ def test_result_is_close_to_the_float_model(packed: Packed, llama: Path, ids: Te
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_report_is_complete_and_no_worse_than_rounding(packed: Packed, recipe: str) -> None:
+def test_report_is_complete_and_no_worse_than_rounding(packed: Packed, recipe: str, tiny: ModuleType) -> None:
     folder = packed(recipe)
     report = json.loads((folder / "report.json").read_text())
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
@@ -158,7 +158,7 @@ def test_report_is_complete_and_no_worse_than_rounding(packed: Packed, recipe: s
     shipped = {p.name for p in folder.iterdir()}
     assert {"config.json", "recipe.yaml", "report.json", "README.md", "tokenizer.json", "model.safetensors"} <= shipped
     again = load_recipe(str(folder / "recipe.yaml"))
-    assert again == load_recipe(recipe, ["calibration.tokens=512", "calibration.length=64"])
+    assert again == load_recipe(recipe, tiny.SMALL)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
