@@ -1,0 +1,228 @@
+"""The GPU kernels without a GPU: layouts, refusals, the choice of tiles, operators, and the programs in the interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from quant.kernels.activation import quantize_token
+from quant.kernels.dispatch import MatmulSpec, choose
+from quant.kernels.format import Codes
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.gpu import tiles
+from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
+from quant.kernels.gpu.launch import MAX_K
+from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, to_words, unpack_weight
+from quant.kernels.gpu.plan import Layer, plan
+from quant.kernels.gpu.w8a8 import DIVISOR, GpuW8A8, gpu_w8a8
+from quant.kernels.gpu.wna16 import GpuWnA16, gpu_wna16
+
+KERNEL = GpuA8W4()
+W8 = IntGroup(bits=8, group=-1, symmetric=True)
+
+
+def spec(group: int = 64, n: int = 48, k: int = 192, device: str = "cuda", activation: str = "int8_token") -> MatmulSpec:
+    return MatmulSpec(n=n, k=k, format=Int4Dual(group=group), activation=activation, device=device)
+
+
+def int_spec(fmt: IntGroup, n: int = 48, k: int = 192, activation: str = "none", device: str = "cuda") -> MatmulSpec:
+    return MatmulSpec(n=n, k=k, format=fmt, activation=activation, device=device)
+
+
+def int_codes(fmt: IntGroup, n: int, k: int) -> Codes:
+    generator = torch.Generator().manual_seed(n + k)
+    params = {"weight_scale": torch.randn(n, fmt.groups(k), generator=generator).to(fmt.scale_dtype)}
+    if not fmt.symmetric:
+        params["weight_zero"] = torch.randint(0, 2**fmt.bits, (n, fmt.groups(k)), generator=generator, dtype=torch.uint8)
+    return Codes(torch.randint(0, 2**fmt.bits, (n, k), generator=generator, dtype=torch.uint8), params)
+
+
+def assert_restored(kernel, fields, s):
+    back = kernel.restore(kernel.prepare(fields, s), s)
+    assert back.keys() == fields.keys()
+    for name in fields:
+        assert back[name].dtype == fields[name].dtype
+        assert torch.equal(back[name], fields[name]), name
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(48, 192, 64), (7, 576, 96), (33, 96, 32), (130, 256, 128), (5, 1024, 256)])
+def test_restore_is_the_inverse_of_prepare(dual_layer, n, k, group):
+    s = spec(group, n, k)
+    assert_restored(KERNEL, s.format.pack(dual_layer(n, k, group)[1]), s)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n", "k", "group"), [(33, 384, 128), (7, 576, 96), (20, 320, 64), (5, 96, 32), (9, 200, -1)])
+def test_restore_is_the_inverse_of_prepare_for_int_group(n, k, group, bits, symmetric):
+    fmt = IntGroup(bits=bits, group=group, symmetric=symmetric)
+    assert_restored(GpuWnA16(), fmt.pack(int_codes(fmt, n, k)), int_spec(fmt, n, k))
+
+
+def test_w8a8_keeps_its_divisor():
+    fields = W8.pack(int_codes(W8, 33, 200))
+    s = int_spec(W8, 33, 200, "int8_token")
+    assert_restored(GpuW8A8(), fields, s)
+    assert_restored(GpuW8A8(), fields | {DIVISOR: torch.rand(200)}, s)
+
+
+@pytest.mark.parametrize(("n", "k", "group"), [(5, 192, 64), (3, 576, 96), (4, 256, 128)])
+def test_the_device_layout_means_the_same_integers(dual_layer, n, k, group):
+    """Read the bytes as the head of the kernel file describes them, in plain loops."""
+    s = spec(group, n, k)
+    codes = dual_layer(n, k, group)[1]
+    weight, words, _ = KERNEL.prepare(s.format.pack(codes), s)
+    half = weight.shape[1]
+    expected = s.format.integers(codes)
+    for row in range(n):
+        for column in range(k):
+            block, inside = divmod(column, 2 * half)
+            high, j = divmod(inside, half)
+            byte = int(weight[block * n + row, j])
+            word = int(words[block * n + row]) & 0xFFFFFFFF
+            scale, base = word >> 16 * high & 255, word >> 16 * high + 8 & 255
+            code = byte >> 4 if high else byte & 15
+            assert code * scale + base - 128 == expected[row, column]
+    assert weight.shape[0] == words.shape[0]
+    assert weight.shape[0] >= -(-k // (2 * half)) * n + WIDEST - 1, "a tile that sticks out of N would read past the end"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_two_fields_of_a_layout_share_a_bit(name):
+    """Slices are recovered one by one, whatever the others hold; mixed layouts keep neighbours in bytes 0 and 2."""
+    policy = POLICIES[name]
+    slice_ = policy.blockings[0][0]
+    n, k = 3, policy.slices * slice_ + 8
+    codes = torch.randint(0, 2**policy.bits, (n, k), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    weight = pack_weight(codes, policy, slice_)
+    assert torch.equal(unpack_weight(weight, policy, n, k), codes)
+    assert weight.shape[1] % 16 == 0
+    one = torch.zeros(n, k, dtype=torch.uint8)
+    one[1, 1] = 1
+    where = pack_weight(one, policy, slice_).nonzero()
+    assert where.tolist() == [[1, 2 if policy.mixed else 1]]
+
+
+def test_words_keep_all_32_bits():
+    values = torch.tensor([[0, 2**32 - 1], [2**31, 7]])
+    assert torch.equal(from_words(to_words(values), 2), values)
+
+
+def test_a_group_that_leaves_a_byte_is_an_error(dual_layer):
+    fields = spec().format.pack(dual_layer(48, 192, 64)[1])
+    fields["group_scale"][3, 1] = 18
+    fields["group_offset"][3, 1] = -128
+    with pytest.raises(ValueError, match="row 3"):
+        KERNEL.prepare(fields, spec())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "reason"),
+    [
+        (KERNEL, spec(device="cpu"), "runs on cuda, not on cpu"),
+        (KERNEL, spec(group=48), "group length that 32 divides, not 48"),
+        (KERNEL, spec(activation="none"), "int8_token"),
+        (KERNEL, spec(k=MAX_K // 64 * 64 + 64), "int32"),
+        (KERNEL, int_spec(IntGroup(), activation="int8_token"), "int4_dual"),
+        (GpuWnA16(), int_spec(IntGroup(), device="cpu"), "runs on cuda, not on cpu"),
+        (GpuWnA16(), int_spec(IntGroup(group=48)), "group length that 32 divides, not 48"),
+        (GpuWnA16(), int_spec(IntGroup(), activation="int8_token"), "float tokens"),
+        (GpuWnA16(), spec(), "int_group"),
+        (GpuW8A8(), int_spec(W8, activation="int8_token", device="cpu"), "runs on cuda, not on cpu"),
+        (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation="int8_token"), "symmetric"),
+        (GpuW8A8(), int_spec(W8), "int8_token"),
+        (GpuW8A8(), int_spec(W8, k=MAX_K + 1, activation="int8_token"), "int32"),
+    ],
+)
+def test_refusals_name_the_reason(kernel, given, reason):
+    assert reason in (kernel.refuses(given) or "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_dispatch_keeps_the_reason():
+    for given, name in (
+        (spec(), "gpu_a8w4"),
+        (int_spec(IntGroup()), "gpu_wna16"),
+        (int_spec(W8, activation="int8_token"), "gpu_w8a8"),
+    ):
+        kernel, refusals = choose(given)
+        assert not kernel.name.startswith("gpu")
+        assert refusals[name]
+
+
+def test_the_operators_have_fakes():
+    with FakeTensorMode():
+        x = torch.empty(3, 192, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(2 * 48 + WIDEST, 64, dtype=torch.uint8, device="cuda")
+        words = torch.empty(2 * 48 + WIDEST, dtype=torch.int32, device="cuda")
+        scale = torch.empty(48, device="cuda")
+        outputs = [
+            gpu_a8w4(x, weight, words, scale, None, 64),
+            gpu_wna16(x, weight, words, scale, scale, 4, 64),
+            gpu_w8a8(x, weight, scale, torch.empty(192, device="cuda"), None),
+        ]
+    assert all((y.shape, y.dtype, y.device.type) == ((3, 48), torch.bfloat16, "cuda") for y in outputs)
+
+
+def layers():
+    for name, policy in POLICIES.items():
+        for slice_, groups in policy.blockings:
+            for x in ("bfloat16",) if policy.integer else ("float32", "bfloat16", "float16"):
+                yield Layer(policy=name, n=1000, k=1536, slice=slice_, groups=groups, x=x)
+
+
+def test_every_layer_finds_launches_on_every_architecture():
+    for arch in tiles.ARCHITECTURES:
+        for layer in layers():
+            for m in (1, 16, 17, 64, 65, 100_000):
+                steps = plan(layer, m, arch, 108).steps
+                gemm = next(step for step in steps if step.program.name == "gemm")
+                assert gemm.columns <= WIDEST
+                assert all(grid >= 1 for step in steps for grid in step.grid(m))
+                assert gemm.grid(m)[0] * gemm.rows >= m
+                assert gemm.grid(m)[1] * gemm.columns >= layer.n
+                assert (gemm.splits > 1) == (steps[-1].program.name == "combine")
+                if gemm.splits > 1:
+                    assert -(-layer.blocks // gemm.splits) * (gemm.splits - 1) < layer.blocks, "a part of K without blocks"
+
+
+def test_the_choice_depends_on_few_tokens_only_through_their_bucket():
+    variant = Layer(policy="int4", n=512, k=8192, slice=64, groups=1, x="float16").variant
+    for low, high in ((1, 16), (17, 64)):
+        assert len({tiles.choose(90, variant, m, 512, 8192, 132) for m in range(low, high + 1)}) == 1
+    assert tiles.choose(90, variant, 16, 512, 8192, 132)[1] > 1, "few columns and a long K leave processors idle"
+    assert tiles.choose(90, variant, 4096, 512, 8192, 132)[1] == 1
+    assert [tiles.table_arch(c) for c in (80, 86, 87, 89, 90, 100, 103, 120)] == [80, 89, 80, 89, 90, 100, 100, 89]
+
+
+def test_programs_in_the_interpreter():
+    """A process of its own: Triton decides at import whether its programs are interpreted."""
+    pytest.importorskip("triton", reason="the interpreter is part of triton")
+    here = Path(__file__).parent
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        str(here / "gpu_interpreted.py"),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=here.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_reference_quantization_rounds_half_to_even():
+    """What the program is compared with: the tie rule itself, so that both cannot drift together."""
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert quantize_token(x)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
