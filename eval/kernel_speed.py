@@ -3,11 +3,11 @@
 Rivals: `torch int4` (aten::_weight_int4pack_mm_for_cpu, bfloat16 tokens, group 128), `torch int8` (torch._int_mm, whose
 tokens are already quantized and whose output is raw int32), `torch bf16` (linear), and where llama-cpp-python is installed
 ggml's `Q4_0` and `Q8_0` (float32 tokens, groups of 32). Candidates take turns within every round, so a machine that slows
-down slows all of them; medians over calls are printed. One token reads its weights cold: each call uses the next of enough
-copies to exceed the last-level cache several times, and a turn is eight calls, as a decoder calls one kernel layer after
-layer. `stream` is the yardstick of reading bandwidth: a C++ loop that only adds up memory, in huge pages and asking ahead as
-the kernels do, the fastest way found. The share of it that a kernel reaches counts every byte it stores. `torch sum` reads
-ordinary memory, as torch's own kernels do.
+down slows all of them; medians over calls are printed. Up to 64 tokens find their weights cold: each call uses the next of
+enough copies to exceed the last-level cache several times. For one token a turn is eight calls, as a decoder calls one
+kernel layer after layer. `stream` is the yardstick of reading bandwidth: a C++ loop that only adds up memory, in huge pages
+and asking ahead as the kernels do, the fastest way found. The share of it that a kernel reaches counts every byte it stores.
+`torch sum` reads ordinary memory, as torch's own kernels do.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from quant.kernels.formats.int_group import IntGroup
 GROUP = 128
 COLD_BYTES = 160 << 20  # of copies of one weight; several times the last-level cache of usual machines
 STREAM_BYTES = 16 << 20
+COLD_TOKENS = 64  # up to so many tokens a call finds its weights cold, as it does in a decoder
 Call = Callable[[], object]
 
 
@@ -82,7 +83,7 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         if kernel.name == "reference":
             raise ValueError(f"there is no C++ kernel to measure for {fmt.name}: {refusals}")
         prepared = kernel.prepare(random_fields(fmt, n, k), spec)
-        weights = [placed(kernel, copy) for copy in copies_of(prepared, cold=m == 1)]
+        weights = [placed(kernel, copy) for copy in copies_of(prepared, cold=m <= COLD_TOKENS)]
 
         def call(*prepared: Tensor, kernel: dispatch.Kernel = kernel, spec: MatmulSpec = spec) -> Tensor:
             return kernel.matmul(x, prepared, None, spec)
@@ -108,7 +109,7 @@ def placed(kernel: dispatch.Kernel, prepared: dispatch.Prepared) -> dispatch.Pre
 def rivals(m: int, n: int, k: int, threads: int) -> dict[str, tuple[Call, int]]:
     """The same for torch's and ggml's kernels, and for plain reading."""
     x, q = torch.randn(m, k).bfloat16(), torch.randint(-127, 128, (m, k), dtype=torch.int8)
-    cold = m == 1
+    cold = m <= COLD_TOKENS
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
     scales = torch.rand(k // GROUP, n, 2).bfloat16()
     int4 = torch.ops.aten._weight_int4pack_mm_for_cpu

@@ -133,7 +133,7 @@ class Matmul:
         address = self.lib.backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         function = ctypes.CFUNCTYPE(ctypes.POINTER(POINTER), POINTER)(address)
         extra = function(self.lib.backend_get_device(self.backend))
-        found = []
+        found: list[Any] = []
         while extra and extra[len(found)]:
             found.append(extra[len(found)])
         found.append(self.lib.backend_cpu_buffer_type())
