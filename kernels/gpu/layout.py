@@ -58,7 +58,7 @@ POLICIES = {
         Policy(name="dual4", bits=4, planes=1, fields=NIBBLES, integer=True, blockings=((64, 1),)),
         Policy(name="dual4_pair", bits=4, planes=1, fields=NIBBLES, integer=True, blockings=((64, 2), (32, 2))),
         Policy(name="bytes8", bits=8, planes=1, fields=BYTES, integer=True, parameters=False, blockings=((128, 1),)),
-        Policy(name="int2", bits=2, planes=1, fields=PAIRS, mixed=True, blockings=((32, 1), (16, 1), (16, 2))),
+        Policy(name="int2", bits=2, planes=1, fields=PAIRS, mixed=True, blockings=((64, 2), (32, 2), (16, 2))),
         Policy(name="int3", bits=3, planes=3, fields=TRIPLES, mixed=True, blockings=((16, 1), (16, 2), (16, 4))),
         Policy(name="int4", bits=4, planes=1, fields=NIBBLES, mixed=True, blockings=((64, 1), (32, 1), (16, 1))),
         Policy(name="int8", bits=8, planes=1, fields=BYTES, blockings=((128, 1), (64, 1), (32, 1))),

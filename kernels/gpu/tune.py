@@ -1,7 +1,8 @@
 """Choose tiles without a GPU: compile candidates, refuse those that `Row.faults` names, rank the rest by the cost model.
 
 The first variant of a policy is searched; its winners are compiled for the other variants, each checked like the first. Where
-a variant has no winner left for a number of tokens, it is searched itself.
+a variant has no winner left for a number of tokens, it is searched itself. Architectures of one kind share the search: 8.9
+starts from the winners of 8.0, 10.0 from those of 9.0.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from quant.kernels.gpu.tiles import BUCKETS, Tile, Variant, read_table, table_pa
 PROBLEMS = {16: ((16, 16384, 4096), (16, 1024, 4096)), 64: ((64, 16384, 4096), (64, 1024, 4096)), None: ((2048, 4096, 4096),)}
 # bucket -> (BM, BN, warps, stages)
 SHAPES: dict[int | None, tuple[tuple[int, int, int, int], ...]] = {
-    16: ((16, 128, 4, 4), (16, 128, 2, 4), (16, 64, 2, 6), (16, 32, 1, 8)),
-    64: ((64, 128, 4, 4), (64, 64, 4, 4), (32, 32, 2, 6)),
-    None: ((128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 4)),
+    16: ((16, 128, 4, 4), (16, 128, 2, 4), (16, 32, 1, 8)),
+    64: ((64, 128, 4, 4), (64, 64, 4, 4)),
+    None: ((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4)),
 }
+RELATIVE = {89: 80, 100: 90}
 FLOAT32_SHAPES = ((16, 128, 4, 2), (16, 64, 2, 3))  # for all buckets: a float32 model on a GPU is a rare guest
 
 
@@ -40,7 +42,9 @@ def candidates(variant: Variant, bucket: int | None) -> Iterator[Tile]:
     grouped = not POLICIES[variant.policy].integer
     for bm, bn, warps, stages in FLOAT32_SHAPES if variant.compute == "fp32" else SHAPES[bucket]:
         for swap in (False, True):
-            for on_sum in (False,) if not grouped else (True, False) if bucket is None else (True,):
+            # Two accumulators of 128 x 128 do not fit the registers of four warps.
+            either = bucket is None and (bm, warps) != (128, 4)
+            for on_sum in (False,) if not grouped else (True, False) if either else (bucket is not None,):
                 if variant.compute == "fp32" and (swap or not on_sum):
                     continue
                 yield Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=swap, on_sum=on_sum)
@@ -86,11 +90,13 @@ def tables(arch: int, policy: str) -> dict[str, list[dict[str, Any]]]:
     """Variant -> rows, for all variants of a policy."""
     out: dict[str, list[dict[str, Any]]] = {}
     searched: dict[tuple[bool, int | None], list[Tile]] = {}
+    relative = read_table(RELATIVE[arch])["tiles"] if arch in RELATIVE else {}
     for variant in variants(policy):
         rows: list[dict[str, Any]] = []
         for bucket in BUCKETS:
             kind = (variant.compute == "fp32", bucket)
-            found = sound(arch, variant, searched.get(kind, ()))
+            seeds = [tile_of(row) for row in relative.get(variant.key, ()) if row["max_m"] == bucket]
+            found = sound(arch, variant, seeds or searched.get(kind, ()))
             if not found:
                 found = winners(sound(arch, variant, candidates(variant, bucket)))
                 searched.setdefault(kind, [tile_of(row) for row in found])

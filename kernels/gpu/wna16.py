@@ -6,7 +6,7 @@ code - zero is exact in the type of the tokens. For few tokens the scale multipl
 ever rounded; in tiles where it multiplies the weights instead, each is rounded once to the tokens' type.
 
 Layout: `layout.py`. A parameter word holds the float16 bits of the scale and the spread zero point. With one group per row
-(group -1) the scale is `row_scale`, float32, and one word per row, of scale 1, serves all blocks.
+(group -1) the scale is `row_scale`, float32, and the words of one block, of scale 1, serve all.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def to_device_layout(fields: Mapping[str, Tensor], fmt: IntGroup, n: int, k: int
         zero = fields["weight_zero"].to(torch.int64)
     high = spread_zero(zero, fmt.bits) << 16
     if fmt.group == -1:
-        return weight, to_words(high | ONE), scale.flatten().clone()
+        return weight, to_words((high | ONE).expand(n, groups)), scale.flatten().clone()
     low = scale.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
     runs = blocks_of(policy, k, slice_) * groups
     picked = group_of_run(k, fmt.group, runs, policy.slices * slice_ // groups).to(scale.device)
@@ -83,7 +83,7 @@ def from_device_layout(prepared: Prepared, fmt: IntGroup, n: int, k: int) -> Fie
     policy = policy_of(fmt.bits)
     values = from_words(words, n)  # [N, runs]
     if fmt.group == -1:
-        scale = row_scale.unsqueeze(1)
+        scale, values = row_scale.unsqueeze(1), values[:, :1]
     else:
         run = policy.slices * weight.shape[1] * blocks_of(policy, k, weight.shape[1]) // values.shape[1]
         values = values[:, :: fmt.group // run][:, : k // fmt.group]  # the first run of each group

@@ -25,8 +25,8 @@ BARS = {
     "dual4/64/1/int8": 1.15,
     "int4/64/1/fp16": 2.4,
     "int4/64/1/bf16": 2.5,
-    "int2/32/1/fp16": 1.95,
-    "int2/32/1/bf16": 2.2,
+    "int2/64/2/fp16": 1.95,
+    "int2/64/2/bf16": 2.2,
 }
 
 
@@ -65,7 +65,7 @@ def test_decode_tiles_meet_their_bars(arch, key):
 SAMPLE = [
     (80, "int4/64/1/fp16"),
     (90, "int3/16/2/bf16"),
-    (89, "int2/32/1/fp16"),
+    (89, "int2/64/2/fp16"),
     (100, "dual4_pair/32/2/int8"),
     (90, "int8/32/1/fp16"),
 ]
@@ -107,7 +107,7 @@ def test_quantization_is_compiled_without_fused_multiply_add(dtype):
 
 
 @pytest.mark.parametrize(
-    "key", ["dual4/64/1/int8", "bytes8/128/1/int8", "int2/32/1/fp16", "int3/16/1/bf16", "int4/64/1/bf16", "int8/128/1/fp16"]
+    "key", ["dual4/64/1/int8", "bytes8/128/1/int8", "int2/64/2/fp16", "int3/16/1/bf16", "int4/64/1/bf16", "int8/128/1/fp16"]
 )
 def test_the_twins_compile_for_amd(key):
     """Only that they compile: `refuses` keeps AMD devices on other kernels until one has run them."""

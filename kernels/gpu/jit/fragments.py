@@ -46,8 +46,8 @@ def split_fields(bits: int, places: list[tuple[int, int, int]]) -> str:
     """One plane of `bits`-bit fields -> 2 * len(places) registers. places: (shift right first, bit, exponent) of each field."""
     source = f"${2 * len(places)}"
     body = ""
-    for odd in (0, 8):  # bytes 0 and 2, then 1 and 3
-        for i, (shift, start, exponent) in enumerate(places):
+    for i, (shift, start, exponent) in enumerate(places):
+        for odd in (0, 8):  # bytes 0 and 2, then 1 and 3
             name = source
             if shift + odd:
                 name = f"s{shift + odd}"
