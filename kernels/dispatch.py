@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from quant.kernels.format import Fields, Format
+from quant.kernels.format import Codes, Fields, Format
 
 Prepared = tuple[Tensor, ...]
 
@@ -49,6 +49,11 @@ class Kernel(ABC):
     @abstractmethod
     def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
         """Exact inverse of `prepare`: saving a loaded model writes the bytes it was loaded from."""
+
+    def rows(self, prepared: Prepared, rows: Tensor, spec: MatmulSpec) -> Codes:
+        """Codes of rows int64 [M] of the weight, in this order: how an embedding is read. Every format stores row by row."""
+        picked = {name: field[rows] for name, field in self.restore(prepared, spec).items()}
+        return spec.format.unpack(picked, rows.shape[0], spec.k)
 
     @abstractmethod
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:

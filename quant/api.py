@@ -18,7 +18,7 @@ from torch import nn
 
 from quant import checkpoint, forecast
 from quant.card import model_card
-from quant.compile import BlockReport, Listener, run_blocks
+from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_table
 from quant.loading import load
 from quant.models import INDEX
 from quant.plan import Plan, make_plan
@@ -80,6 +80,7 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     work = Workspace(output, plan.identity(calibration))
     resumed = len(work.reports)
     try:
+        table = run_table(plan, work)
         blocks = run_blocks(plan, samples, work, device, listen)
     except BaseException:
         if not work.reports:
@@ -93,7 +94,7 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     config["quantization_config"] = plan.config_section()
     (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (final / "recipe.yaml").write_text(plan.recipe.dump(), encoding="utf-8")
-    report = make_report(plan, blocks, calibration, str(device))
+    report = make_report(plan, blocks, table, calibration, str(device))
     report["totals"] |= {
         "seconds": time.monotonic() - began,
         "blocks_resumed": resumed,
@@ -112,7 +113,9 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     return output
 
 
-def make_report(plan: Plan, blocks: list[BlockReport], calibration: str, device: str) -> dict[str, Any]:
+def make_report(
+    plan: Plan, blocks: list[BlockReport], table: TableReport | None, calibration: str, device: str
+) -> dict[str, Any]:
     """report.json: totals, environment, and one entry per layer."""
     import transformers
 
@@ -128,6 +131,7 @@ def make_report(plan: Plan, blocks: list[BlockReport], calibration: str, device:
             "kept_in_float": plan.selection.kept,
             "packed_weights": plan.packed_weights(),
             "packed_bits_per_weight": 8 * plan.packed_bytes() / plan.packed_weights(),
+            "head": None if table is None else asdict(table),
             "weight_files_bytes": plan.bytes_on_disk(),
             "source_weights_bytes": float_bytes,
         },

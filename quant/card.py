@@ -24,7 +24,7 @@ base_model: {source}
 | | |
 | --- | --- |
 | packed linears | {layers}, {bits:.3f} bits per weight, scales included |
-| weight files | {megabytes:.1f} MB (source {source_megabytes:.1f} MB) |
+{head}| weight files | {megabytes:.1f} MB (source {source_megabytes:.1f} MB) |
 | kept in float | {kept} |
 | activations | {activation} |
 | calibration | {calibration} |
@@ -32,6 +32,8 @@ base_model: {source}
 
 The exact recipe is in `recipe.yaml`, errors layer by layer in `report.json`. Measure it: `quantize eval {name}`.
 """
+
+HEAD = "| packed head{both} | {bits_per_weight:.3f} bits per weight, relative error of the weights {error:.4f} |\n"
 
 
 def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
@@ -45,6 +47,9 @@ def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
         description=plan.recipe.description,
         layers=totals["layers"],
         bits=totals["packed_bits_per_weight"],
+        head=""
+        if totals["head"] is None
+        else HEAD.format(**totals["head"], both=" and input embedding" * totals["head"]["tied"]),
         megabytes=totals["weight_files_bytes"] / 1e6,
         source_megabytes=totals["source_weights_bytes"] / 1e6,
         kept=", ".join(totals["kept_in_float"]) or "only what is not a linear layer",

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from quant.embedding import packable, size_of
 from quant.kernels.format import Format, from_config
 from quant.models import DTYPES, Entry, entry_bytes, read_json
 from quant.stacks import PACKED, match_names
@@ -194,10 +195,10 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
 
     model: with its linears still float, of which the shapes count. Raises ValueError naming the first that does not fit.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    layers = packable(model)
     # any field of a layer tells its name, so one that lost its codes is still found
-    on_disk = match_names(linears, {name.rpartition(".")[0] for name in tensors}, least=1)
-    shapes = {on_disk.get(name, name): (m.out_features, m.in_features) for name, m in linears.items()}
+    on_disk = match_names(layers, {name.rpartition(".")[0] for name in tensors}, least=1)
+    shapes = {on_disk.get(name, name): size_of(module) for name, module in layers.items()}
     for name, (n, k) in shapes.items():
         scheme = scheme_of(section, name)
         if scheme is None:
@@ -214,7 +215,7 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
     strangers = set(layers_on_disk(tensors)) - {name for name in shapes if scheme_of(section, name)}
     if strangers:
         raise ValueError(f"{min(strangers)} is packed on disk, but config.json has no rule for it or the model no such layer")
-    return {name for name in linears if scheme_of(section, on_disk.get(name, name))}
+    return {name for name in layers if scheme_of(section, on_disk.get(name, name))}
 
 
 def safe_name(text: str) -> str:

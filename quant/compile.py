@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibrate import Chain, Sample, advance, capture, catch
+from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
 from quant.kernels.format import Codes, Fields
 from quant.linear import PackedLinear
@@ -55,6 +56,35 @@ class BlockReport:
 Listener = Callable[[int, int, BlockReport], None]  # blocks done, blocks in all, the block just finished
 
 
+@dataclass(frozen=True)
+class TableReport:
+    """The packed table of the head. error: of its weights, |W - dequantized| / |W|. tied: the input embedding reads it too."""
+
+    name: str
+    tied: bool
+    format: dict[str, Any]
+    weights: int
+    bytes: int
+    bits_per_weight: float
+    error: float
+
+
+def run_table(plan: Plan, work: Workspace) -> TableReport | None:
+    """Pack the table of the output head, if the recipe asks for it, into `work`."""
+    head, target = plan.selection.head, plan.selection.table
+    if head is None or target is None:
+        return None
+    name, fmt = f"{target.name}.weight", target.format
+    weight = plan.weights().read(plan.disk[name])
+    require_finite(name, weight)
+    fields, error = pack_table(weight, fmt)
+    layer = plan.layer_on_disk(target.name)
+    work.keep_table({f"{layer}.{key}": value for key, value in fields.items()})
+    size = target.n * target.k
+    bits = fmt.bits_per_weight(target.n, target.k)
+    return TableReport(target.name, head.tied, fmt.config(), size, fmt.stored_bytes(target.n, target.k), bits, error)
+
+
 @torch.no_grad()
 def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch.device, listen: Listener) -> list[BlockReport]:
     """Quantize every block that `work` does not hold yet; returns the reports of all blocks."""
@@ -69,9 +99,11 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
         last_block = first_block + len(stack.blocks)
         if len(reports) < last_block:
             materialize(plan.model, [n for n in outer if n in plan.disk], "", weights, plan.disk, COMPUTE, device)
-            chains = {
-                kind: catch(plan.model, plan.stacks, at, samples, [work.final(s, kind) for s in range(at)]) for kind in kinds
-            }
+            chains = {}
+            for kind in sorted(kinds):  # float before quant, which alone sees the embedding as it will be read
+                if kind == "quant":
+                    round_embedding(plan, work)
+                chains[kind] = catch(plan.model, plan.stacks, at, samples, [work.final(s, kind) for s in range(at)])
             release(plan.model, outer)
             if len(reports) > first_block:
                 for kind, chain in chains.items():
@@ -196,6 +228,16 @@ def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None
     setattr(owner, leaf, layer)
 
 
+def round_embedding(plan: Plan, work: Workspace) -> None:
+    """Give the model's input embedding the values that its packed table stands for, if it has one."""
+    head, target = plan.selection.head, plan.selection.table
+    if head is None or target is None or not head.tied:
+        return
+    layer = plan.layer_on_disk(target.name)
+    fields = {name.removeprefix(f"{layer}."): value for name, value in work.table().items()}
+    fill_table(plan.model.get_parameter(f"{target.name}.weight").data, fields, target.format)
+
+
 def run_float32(block: nn.Module, chain: Chain) -> Tensor:
     """The float32 block's output on the chain's first sample."""
     single = Chain([chain.hidden[0].float()], [as_float32(chain.calls[0])])
@@ -226,9 +268,14 @@ def materialize(
         assert old is not None
         if value.shape != old.shape:
             raise ValueError(f"{full} is {list(value.shape)} on disk; config.json asks for {list(old.shape)}")
-        if not value.isfinite().all():
-            raise ValueError(f"{full} holds a NaN or an infinity; repair the checkpoint before quantizing it")
+        require_finite(full, value)
         owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
+
+
+def require_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError, naming the tensor, for a NaN or an infinity."""
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds a NaN or an infinity; repair the checkpoint before quantizing it")
 
 
 def release(module: nn.Module, params: list[str]) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme_of, sentinel
+from quant.embedding import Head, packable
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.models import Entry, Weights, index, resolve
 from quant.recipe import Recipe
-from quant.stacks import Stack, disk_names, empty_model, find_stacks, unfilled
+from quant.stacks import Stack, disk_names, empty_model, find_stacks, match_names, unfilled
 from quant.targets import Selection, Target, select
 
 COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
@@ -40,6 +41,13 @@ class Plan:
         return self.selection.targets
 
     @property
+    def packed(self) -> dict[str, Target]:
+        """Everything that is packed, the head's table too, in the order in which a loader meets it."""
+        table = self.selection.table
+        found = self.targets if table is None else {**self.targets, table.name: table}
+        return {name: found[name] for name in packable(self.model) if name in found}
+
+    @property
     def speech(self) -> bool:
         """Calibrated on audio instead of text."""
         return str(self.model.main_input_name) == "input_features"
@@ -55,8 +63,8 @@ class Plan:
     def pieces(self, made: Mapping[str, Entry] | None = None) -> list[Piece]:
         """Every tensor of the result. made: tensors that exist already in finished blocks, by disk name."""
         made = made or {}
-        packed = {f"{self.layer_on_disk(name)}.weight": target for name, target in self.targets.items()}
-        out = [sentinel(list(self.targets.values()), self.disk)]
+        packed = {f"{self.layer_on_disk(name)}.weight": target for name, target in self.packed.items()}
+        out = [sentinel(list(self.packed.values()), self.disk)]
         for name, entry in self.tensors.items():
             target = packed.get(name)
             if target is None:
@@ -72,17 +80,18 @@ class Plan:
         return predicted_bytes(self.pieces())
 
     def packed_bytes(self) -> int:
-        """Bytes of the packed linears, scales included."""
+        """Bytes of the packed linears of the blocks, scales included."""
         return sum(t.format.stored_bytes(t.n, t.k) for t in self.targets.values())
 
     def packed_weights(self) -> int:
-        """Number of weights in the packed linears."""
+        """Number of weights in the packed linears of the blocks."""
         return sum(t.n * t.k for t in self.targets.values())
 
     def config_section(self) -> dict[str, Any]:
         """The quantization_config that goes into config.json."""
-        layers = {self.layer_on_disk(name): target for name, target in self.targets.items()}
-        kept = [self.layer_on_disk(name) for name in self.selection.kept if f"{name}.weight" in self.disk]
+        layers = {self.layer_on_disk(name): target for name, target in self.packed.items()}
+        rest = [name for name in packable(self.model) if name not in self.packed]
+        kept = [self.layer_on_disk(name) for name in rest if f"{name}.weight" in self.disk]
         section = quantization_config(layers, [])
         section["float"] = [name for name in kept if scheme_of(section, name)]
         return section
@@ -90,7 +99,7 @@ class Plan:
     def kernels(self, device: str) -> dict[str, tuple[int, dict[str, str]]]:
         """Kernel name -> number of layers it will serve on `device`, and why others were refused for the first of them."""
         found: dict[str, tuple[int, dict[str, str]]] = {}
-        for t in self.targets.values():
+        for t in self.packed.values():
             spec = MatmulSpec(n=t.n, k=t.k, format=t.format, activation=t.activation, device=device)
             kernel, refusals = choose(spec)
             count, kept = found.get(kernel.name, (0, refusals))
@@ -118,6 +127,8 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     selection = select(model, stacks, recipe)
     tensors = index(source)
     disk = disk_names(model, tensors)
+    if selection.head is not None:
+        require_one_table(selection.head, disk, tensors)
     for name in selection.targets:
         if f"{name}.weight" not in disk:
             raise ValueError(
@@ -128,3 +139,12 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
     return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
+
+
+def require_one_table(head: Head, disk: Mapping[str, str], tensors: Mapping[str, Entry]) -> None:
+    """Raise ValueError unless the head's table is stored once, under the name that the model class gives it."""
+    wanted = f"{head.table}.weight"
+    stored = match_names({wanted, f"{head.linear}.weight"}, tensors, least=2)
+    if wanted not in disk or len(stored) > 1:
+        where = ", ".join(sorted(stored.values())) or "no name that can be matched"
+        raise ValueError(f"the head's table {wanted} is stored under {where}; leave the head in float with head: null")

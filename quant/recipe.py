@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from quant.kernels.activation import ACTIVATIONS
 from quant.kernels.format import Format, from_config
@@ -41,7 +41,11 @@ class Rule(Frozen):
 
 
 class Recipe(Frozen):
-    """passes: name -> options, in order. format: as Format.config. rules: the first that matches decides."""
+    """passes: name -> options, in order. format: as Format.config. rules: the first that matches decides.
+
+    head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
+    number of bits stands for int_group, with 8 bits symmetric and one scale a row, else in groups of 64.
+    """
 
     name: str
     description: str
@@ -49,8 +53,18 @@ class Recipe(Frozen):
     activation: str
     passes: tuple[dict[str, dict[str, Any] | None], ...]
     rules: tuple[Rule, ...] = ()
+    head: dict[str, Any] | None = None
     calibration: Calibration = Calibration()
     seed: int = 0
+
+    @field_validator("head", mode="before")
+    @classmethod
+    def head_from_bits(cls, value: Any) -> Any:
+        """A number of bits as a format."""
+        if type(value) is not int:
+            return value
+        rows = value == 8
+        return {"name": "int_group", "bits": value, "group": -1 if rows else 64, "symmetric": rows}
 
     def build_passes(self) -> list[base.BasePass]:
         """The passes with their options checked."""
@@ -74,6 +88,10 @@ class Recipe(Frozen):
     def base_format(self) -> Format:
         """The format that layers without a rule get."""
         return from_config(self.format)
+
+    def head_format(self) -> Format | None:
+        """The format of the output head; None leaves it in float."""
+        return None if self.head is None else from_config(self.head)
 
     def dump(self) -> str:
         """YAML that `load_recipe` reads back to an equal recipe."""
@@ -139,7 +157,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     for activation in (recipe.activation, *(rule.activation for rule in recipe.rules)):
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; {nearest(activation, ACTIVATIONS)}")
-    recipe.base_format(), recipe.quantizer()
+    recipe.base_format(), recipe.head_format(), recipe.quantizer()
     return recipe
 
 

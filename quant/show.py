@@ -27,7 +27,7 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
     recipe = plan.recipe
     console.print(f"{plan.given} -> {output}, recipe {recipe.name}: {recipe.description}")
     rows: dict[tuple[str, ...], int] = {}
-    for t in plan.targets.values():
+    for t in plan.packed.values():
         fmt = " ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in t.format.config().items())
         size = f"{t.format.bits_per_weight(t.n, t.k):.3f} bits"
         row = (pattern_of(t.name), f"[{t.n}, {t.k}]", fmt, t.activation, size, t.note)
@@ -43,8 +43,22 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
         console.print(f"kernel on {device}: {kernel} for {count} layers" + (f" ({why})" if why else ""))
     bits = 8 * plan.packed_bytes() / plan.packed_weights()
     console.print(f"packed linears: {plan.packed_weights():,} weights at {bits:.3f} bits, {megabytes(plan.packed_bytes())}")
+    head, table = plan.selection.head, plan.selection.table
+    if head is not None and table is not None:
+        stored, bits = table.format.stored_bytes(table.n, table.k), table.format.bits_per_weight(table.n, table.k)
+        console.print(f"packed {kind_of(head.tied)}: {table.n * table.k:,} weights at {bits:.3f} bits, {megabytes(stored)}")
     console.print(f"weight files on disk: {megabytes(plan.bytes_on_disk())}, exact")
     console.print(f"peak memory of the run: about {peak_memory_bytes(plan) / 1e6:,.0f} MB")
+
+
+def kind_of(tied: bool) -> str:
+    """What a packed table serves."""
+    return "head and input embedding" if tied else "head"
+
+
+def head_line(head: dict[str, Any]) -> str:
+    """The packed head in a finished report, in words."""
+    return f"{kind_of(head['tied'])} at {head['bits_per_weight']:.3f} bits per weight (relative error {head['error']:.4f})"
 
 
 def pattern_of(name: str) -> str:
@@ -67,7 +81,8 @@ def print_result(console: Console, folder: Path) -> None:
     console.print(f"calibrated on {report['calibration']}")
     console.print(
         f"{folder}: {totals['layers']} linears at {totals['packed_bits_per_weight']:.3f} bits per weight, "
-        f"{totals['weight_files_bytes'] / 1e6:.1f} MB of {totals['source_weights_bytes'] / 1e6:.1f}, "
+        + (f"{head_line(totals['head'])}, " if totals["head"] else "")
+        + f"{totals['weight_files_bytes'] / 1e6:.1f} MB of {totals['source_weights_bytes'] / 1e6:.1f}, "
         f"mean layer error {mean:.4f} (round-to-nearest {rtn:.4f}), "
         f"{totals['seconds']:.0f} s, peak memory {totals['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
@@ -94,6 +109,8 @@ def command(out: Path, layers: bool, html: Path | None) -> None:
         totals = report["totals"]
         console.print(f"made from {report['source']} by recipe {report['recipe']}, calibrated on {report['calibration']}")
         console.print(f"packed linears: {totals['packed_bits_per_weight']:.3f} bits per weight; {totals['seconds']:.0f} s")
+        if totals.get("head"):
+            console.print(f"packed {head_line(totals['head'])}")
         console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()))
         console.print(error_table(report, layers))
     if html is not None:

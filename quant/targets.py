@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from quant.embedding import Head, find_head
 from quant.kernels.format import Format, fit_group, from_config
 from quant.passes.base import Quantizer
 from quant.recipe import Recipe, Rule
@@ -32,28 +33,38 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """Targets by name in module order, and every linear that stays in float with its reason."""
+    """Linears to pack by name in module order, every linear that stays in float with its reason, and the packed head.
+
+    table: the target that is the head's table, named after the embedding where the two are tied.
+    """
 
     targets: dict[str, Target]
     kept: dict[str, str]
+    head: Head | None = None
+    table: Target | None = None
 
 
 def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
     """Apply the recipe's rules to every nn.Linear.
 
-    Linears outside the stacks (heads, projectors) stay in float. Raises ValueError for a rule that matches nothing, a
-    layer whose K no group fits, and fused neighbours with different schemes.
+    Linears outside the stacks (heads, projectors) stay in float, unless the recipe packs the head. Raises ValueError for a
+    rule that matches nothing, a layer whose K no group fits, fused neighbours with different schemes, and a head that
+    cannot be packed.
     """
     quantizer, base = recipe.quantizer(), recipe.base_format()
     blocks = tuple(f"{block}." for stack in stacks for block in stack.blocks)
     targets: dict[str, Target] = {}
     kept: dict[str, str] = {}
     used: set[int] = set()
+    head_format = recipe.head_format()
+    head = None if head_format is None else find_head(model)
+    table = None if head_format is None or head is None else table_for(model, head, head_format)
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
         if not name.startswith(blocks):
-            kept[name] = "outside the blocks (head or projector)"
+            if head is None or name != head.linear:
+                kept[name] = "outside the blocks (head or projector)"
             continue
         index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if fnmatchcase(name, r.match)), (-1, None))
         used.add(index)
@@ -68,25 +79,41 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
     if not targets:
         raise ValueError(f"recipe {recipe.name} leaves every layer in float; its rules skip all of them")
     require_fused(targets, kept)
-    return Selection(targets, kept)
+    return Selection(targets, kept, head, table)
+
+
+def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
+    """The scheme of the head's table, its group fitted to K."""
+    linear = model.get_submodule(head.linear)
+    assert isinstance(linear, nn.Linear)
+    n, k = linear.out_features, linear.in_features
+    fmt, note = fitted(head.table, fmt, k, "give another head, or null")
+    reason = fmt.refuses(n, k)
+    if reason:
+        raise ValueError(f"{head.table} cannot be packed: {reason}; give another head, or null")
+    return Target(head.table, n, k, linear.bias is not None, fmt, "none", note)
+
+
+def fitted(name: str, fmt: Format, k: int, advice: str) -> tuple[Format, str]:
+    """`fmt` with its group fitted to K, and a note where that changed it. Raises ValueError, ending in `advice`."""
+    asked: Any = getattr(fmt, "group", -1)
+    group = fit_group(asked, k)
+    if group is None:
+        raise ValueError(f"{name} has K = {k}, which no multiple of 16 up to group {asked} divides; {advice}")
+    if group == asked:
+        return fmt, ""
+    return replace(fmt, group=group), f"group {group}: {asked} does not divide K = {k}"  # type: ignore[call-arg]
 
 
 def target_for(name: str, module: nn.Linear, base: Format, activation: str, rule: Rule | None, quantizer: Quantizer) -> Target:
     """The scheme of one linear, its group fitted to K."""
     n, k = module.out_features, module.in_features
-    fmt, note = base, ""
+    fmt = base
     if rule is not None and rule.format:
         same = rule.format.get("name", base.name) == base.name
         fmt = from_config({**(base.config() if same else {}), **rule.format})
-    asked: Any = getattr(fmt, "group", -1)
-    fitted = fit_group(asked, k)
-    if fitted is None:
-        raise ValueError(
-            f"{name} has K = {k}, which no multiple of 16 up to group {asked} divides; "
-            f"add the rule {{match: {name}, skip: true}} or {{match: {name}, format: {{group: -1}}}}"
-        )
-    if fitted != asked:
-        fmt, note = replace(fmt, group=fitted), f"group {fitted}: {asked} does not divide K = {k}"  # type: ignore[call-arg]
+    advice = f"add the rule {{match: {name}, skip: true}} or {{match: {name}, format: {{group: -1}}}}"
+    fmt, note = fitted(name, fmt, k, advice)
     reason = fmt.refuses(n, k) or quantizer.refuses(fmt)
     if reason:
         raise ValueError(f"{name} cannot be quantized: {reason}")

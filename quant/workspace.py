@@ -72,9 +72,19 @@ class Workspace:
         """Outputs of a finished stack."""
         return self._load(f"final-{stack}-{kind}.safetensors")
 
+    def keep_table(self, fields: Fields) -> None:
+        """Write the packed table of the head, by name on disk. Every run makes it anew: the bytes are the same."""
+        self._save(fields, "table.safetensors")
+
+    def table(self) -> Fields:
+        """What `keep_table` wrote; empty where the head stays in float."""
+        file = self.folder / "table.safetensors"
+        return load_file(file) if file.is_file() else {}
+
     def made(self) -> dict[str, Entry]:
         """Where each finished tensor lies, by name on disk."""
-        found: dict[str, Entry] = {}
+        file = self.folder / "table.safetensors"
+        found = read_header(file) if file.is_file() else {}
         for i in range(len(self.reports)):
             found |= read_header(self.folder / f"block-{i:05d}.safetensors")
         return found

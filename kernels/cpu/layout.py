@@ -48,7 +48,7 @@ def unblock_nibbles(blocks: Tensor, order: tuple[tuple[int, int], ...], n: int, 
     low, high = ([pair[i] for pair in order] for i in (0, 1))
     tiles[..., low] = blocks & 15
     tiles[..., high] = blocks >> 4
-    return tiles.transpose(1, 2).reshape(blocks.shape[0] * ROWS, -1)[:n, :k]
+    return tiles.transpose(1, 2).flatten(0, 1).flatten(1)[:n, :k]
 
 
 def block_pairs(codes: Tensor) -> Tensor:
@@ -92,14 +92,19 @@ def block_codes(codes: Tensor, bits: int) -> Tensor:
     return (block_nibbles(codes, PAIRS) if bits == 4 else block_bytes(codes)).flatten(2)
 
 
-def unblock_codes(blocks: Tensor, bits: int, n: int, k: int) -> Tensor:
-    """Inverse of `block_codes`."""
+def unblock_codes(blocks: Tensor, bits: int, n: int, k: int, rows: Tensor | None = None) -> Tensor:
+    """Inverse of `block_codes`. rows int64 [n]: only these, in this order."""
+    parts = [_rows(blocks[:, :, : 4 * ROWS], 4)]
+    if bits == 3:
+        parts.append(_rows(blocks[:, :, 4 * ROWS :], 2))
+    if rows is not None:
+        parts = [part[rows // ROWS, :, rows % ROWS].unsqueeze(2) for part in parts]  # blocks of one row
     if bits == 4:
-        return unblock_nibbles(_rows(blocks, 4), PAIRS, n, k)
+        return unblock_nibbles(parts[0], PAIRS, n, k)
     if bits == 8:
-        return unblock_bytes(_rows(blocks, 4), n, k)
-    low = unblock_pairs(_rows(blocks[:, :, : 4 * ROWS], 4), n, k)
-    return low if bits == 2 else low | unblock_tops(_rows(blocks[:, :, 4 * ROWS :], 2), n, k) << 2
+        return unblock_bytes(parts[0], n, k)
+    low = unblock_pairs(parts[0], n, k)
+    return low if bits == 2 else low | unblock_tops(parts[1], n, k) << 2
 
 
 def block_bytes(codes: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def block_bytes(codes: Tensor) -> Tensor:
 
 def unblock_bytes(blocks: Tensor, n: int, k: int) -> Tensor:
     """Inverse of `block_bytes`."""
-    return blocks.transpose(1, 2).reshape(blocks.shape[0] * ROWS, -1)[:n, :k].contiguous()
+    return blocks.transpose(1, 2).flatten(0, 1).flatten(1)[:n, :k].contiguous()
 
 
 def block_groups(values: Tensor) -> Tensor:
@@ -119,8 +124,10 @@ def block_groups(values: Tensor) -> Tensor:
     return values.view(-1, ROWS, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def unblock_groups(blocks: Tensor, n: int) -> Tensor:
-    """Inverse of `block_groups`."""
+def unblock_groups(blocks: Tensor, n: int, rows: Tensor | None = None) -> Tensor:
+    """Inverse of `block_groups`. rows int64 [n]: only these, in this order."""
+    if rows is not None:
+        return blocks[rows // ROWS, :, rows % ROWS]
     return blocks.transpose(1, 2).reshape(-1, blocks.shape[1])[:n].contiguous()
 
 

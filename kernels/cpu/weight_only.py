@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.kernels.cpu import layout, library
 from quant.kernels.dispatch import MatmulSpec, Prepared, register
-from quant.kernels.format import Fields
+from quant.kernels.format import Codes, Fields
 from quant.kernels.formats.int_group import IntGroup, pack_bits, unpack_bits
 
 
@@ -91,6 +91,13 @@ class WeightOnly(layout.BlockKernel):
         names = ("weight_scale", "weight_zero")[: len(groups)]
         out = {"weight_packed": pack_bits(codes, spec.format.bits)}
         return out | {name: layout.unblock_groups(t, spec.n) for name, t in zip(names, groups, strict=True)}
+
+    def rows(self, prepared: Prepared, rows: Tensor, spec: MatmulSpec) -> Codes:
+        assert isinstance(spec.format, IntGroup)
+        blocks, *groups = prepared
+        codes = layout.unblock_codes(blocks, spec.format.bits, rows.shape[0], spec.k, rows)
+        names = ("weight_scale", "weight_zero")[: len(groups)]
+        return Codes(codes, {n: layout.unblock_groups(t, rows.shape[0], rows) for n, t in zip(names, groups, strict=True)})
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         codes, scale, zero, *rest = self._arguments(prepared, spec)

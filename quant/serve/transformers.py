@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, require_version, scheme_of
+from quant.embedding import PackedEmbedding, install, packable, replace, size_of
 from quant.linear import PackedLinear
 from quant.models import read_header
 from quant.stacks import disk_layers
@@ -53,23 +54,20 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         section = self.quantization_config.section
         if checkpoint_files:  # transformers would fill what is missing with random numbers
             check_layers(section, {n: e for file in checkpoint_files for n, e in read_header(Path(file)).items()}, model)
-        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        names = disk_layers(list(linears), checkpoint_files or [])
+        layers = packable(model)
+        names = disk_layers(list(layers), checkpoint_files or [])
         replaced = []
-        for name, module in linears.items():
+        for name, module in layers.items():
             scheme = scheme_of(section, names.get(name, name))
             if scheme is None or (names and name not in names):
                 continue
-            packed = PackedLinear(
-                module.in_features,
-                module.out_features,
-                *scheme,
-                bias=module.bias is not None,
-                device=module.weight.device,
-                dtype=module.weight.dtype,
-            )
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
+            (n, k), weight = size_of(module), module.get_parameter("weight")
+            if isinstance(module, nn.Embedding):
+                table = PackedEmbedding(k, n, *scheme, bias=False, device=weight.device, dtype=weight.dtype)
+                install(model, name, table)
+            else:
+                bias = getattr(module, "bias", None) is not None
+                replace(model, name, PackedLinear(k, n, *scheme, bias=bias, device=weight.device, dtype=weight.dtype))
             replaced.append(name)
         if not replaced:
             raise ValueError("no rule of quantization_config matches a linear of this model; config.json is damaged")
