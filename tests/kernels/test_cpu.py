@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.kernels.activation import quantize_token
 from quant.kernels.cpu import a8w4, build, library, memory, w8a8, weight_only
@@ -140,6 +140,17 @@ def test_activation_codes_are_bit_exact(dtype: torch.dtype) -> None:
     y = kernel.matmul(x, kernel.prepare(spec.format.pack(eye), spec), None, spec)
     codes, scale = quantize_token(x)
     assert torch.equal(y, (codes.float() * scale.unsqueeze(-1)).to(dtype))
+
+
+@needs_library
+def test_matrix_units_are_left_as_torch_expects_them() -> None:
+    """Both of us configure AMX tiles on the same threads; neither may see the other's."""
+    x, weight = torch.randn(64, K).bfloat16(), torch.randn(N, K).bfloat16()
+    wanted = nn.functional.linear(x, weight)
+    for kernel, prepared, spec in problems():
+        y = kernel.matmul(x, prepared, None, spec)
+        assert torch.equal(nn.functional.linear(x, weight), wanted)
+        assert torch.equal(kernel.matmul(x, prepared, None, spec), y)
 
 
 @needs_library
