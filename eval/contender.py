@@ -27,13 +27,13 @@ class Contender:
     rival: bool = False  # its failure does not end the comparison
 
 
-def ours(name: str, folder: Path, dtype: str, device: str) -> Contender:
-    """A packed folder or a float checkpoint, run by transformers."""
+def ours(name: str, folder: Path, dtype: str, device: str, eager: bool = False) -> Contender:
+    """A packed folder, compiled unless `eager`, or a float checkpoint, run by transformers."""
     numbers = dtype
     if loading.is_ours(folder):
         recipe = loading.read_json(folder / "report.json").get("recipe") if (folder / "report.json").is_file() else "packed"
-        numbers = f"{recipe}, the rest {dtype}"
-    load = partial(open_model, folder, dtype, device)
+        numbers = f"{recipe}, the rest {dtype}" + (", eager" if eager else "")
+    load = partial(open_model, folder, dtype, device, compile=not eager)
     return Contender(name=name, model=str(folder), numbers=numbers, weight_bytes=loading.weight_bytes(folder), load=load)
 
 

@@ -44,12 +44,15 @@ def kind(folder: Path) -> Kind:
     )
 
 
-def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """The model of `folder` in eval mode, float tensors as `dtype`, on `device`; quantized linears stay packed."""
+def load(folder: Path, dtype: torch.dtype, device: str, compile: bool | None = False) -> Any:  # noqa: A002
+    """The model of `folder` in eval mode, float tensors as `dtype`, on `device`; quantized linears stay packed.
+
+    compile: as of quant.load, for a quantized model on a CPU.
+    """
     if is_ours(folder):
         import quant
 
-        return quant.load(folder, dtype=dtype, device=device).eval()
+        return quant.load(folder, dtype=dtype, device=device, compile=compile and device == "cpu").eval()
     from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
     auto = AutoModelForSpeechSeq2Seq if kind(folder) == "speech" else AutoModelForCausalLM

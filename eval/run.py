@@ -43,7 +43,8 @@ def transcribe(model: Any, processor: Any, path: Path) -> str:
 @click.option("--new", default=80, show_default=True, type=click.IntRange(min=1), help="Tokens to generate at most.")
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(list(loading.DTYPES)))
 @click.option("--device", default="cpu", show_default=True)
-def command(out: str, given: str, new: int, dtype: str, device: str) -> None:
+@click.option("--compile", "compiled", is_flag=True, help="Compile a quantized OUT first, once; later runs find it on disk.")
+def command(out: str, given: str, new: int, dtype: str, device: str, compiled: bool) -> None:
     """Answer INPUT (a prompt, or an audio file for a speech model) with OUT."""
     from transformers import AutoProcessor, AutoTokenizer
 
@@ -52,7 +53,7 @@ def command(out: str, given: str, new: int, dtype: str, device: str) -> None:
     loading.quiet()
     folder = resolve(out)
     speech = loading.kind(folder) == "speech"
-    model = loading.load(folder, loading.DTYPES[dtype], device)
+    model = loading.load(folder, loading.DTYPES[dtype], device, compiled or None)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with torch.inference_mode():
         if speech:

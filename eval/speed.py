@@ -92,6 +92,7 @@ def compare(
     device: str = "cpu",
     repeats: int = 8,
     warmup: int = 2,
+    eager: bool = False,
     rivals: Sequence[Choice] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> SpeedResult:
@@ -102,9 +103,9 @@ def compare(
     """
     if min(threads, repeats, work.prompt, work.new) < 1 or warmup < 0:
         raise ValueError("--threads, --repeats, --prompt and --new must be at least 1, --warmup at least 0")
-    sides = [contender.ours("model", folder, dtype, device)]
+    sides = [contender.ours("model", folder, dtype, device, eager)]
     if against is not None:
-        sides.append(contender.ours("against", against, dtype, device))
+        sides.append(contender.ours("against", against, dtype, device, eager))
     absent: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="lowbit-rivals-") as scratch:
         if rivals:
@@ -214,6 +215,7 @@ def describe(work: Workload, kind: loading.Kind) -> str:
 @click.option("--warmup", type=int, default=2, show_default=True)
 @click.option("--dtype", type=click.Choice([*loading.DTYPES]), default="bfloat16", show_default=True)
 @click.option("--device", default=lambda: "cuda" if torch.cuda.is_available() else "cpu", show_default="cuda if present")
+@click.option("--eager", is_flag=True, help="Run OUT layer by layer from Python, not as compiled graphs.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def command(
     out: str,
@@ -229,6 +231,7 @@ def command(
     warmup: int,
     dtype: str,
     device: str,
+    eager: bool,
     json_path: Path | None,
 ) -> None:
     """Tokens/s, time to first token, real-time factor and peak memory of OUT, beside its float source and rivals."""
@@ -252,6 +255,7 @@ def command(
         device=device,
         repeats=repeats,
         warmup=warmup,
+        eager=eager,
         rivals=chosen,
         say=lambda line: click.echo(line, err=True),
     )

@@ -53,8 +53,23 @@ Loader = Callable[[Workload], Measure]  # run in the process of the side; pickle
 
 
 @torch.inference_mode()
+def compiled_repeat(runtime: Any, ids: torch.Tensor, new: int) -> Repeat:
+    """`text_repeat` with the compiled graphs of a quant.runtime.Session."""
+    start = time.perf_counter()
+    said = [runtime.prefill(ids, room=new).argmax(-1)]  # [1]
+    first = time.perf_counter()
+    for _ in range(new):
+        said.append(runtime.step(said[-1]).argmax(-1))
+    end = time.perf_counter()
+    metrics = text_metrics(ids.shape[1], new, first - start, end - first)
+    return Repeat(metrics=metrics, ids=tuple(torch.cat(said).tolist()))
+
+
+@torch.inference_mode()
 def text_repeat(model: Any, ids: torch.Tensor, new: int) -> Repeat:
     """Prefill `ids` [1, prompt] and decode `new` greedy tokens with the model's own cache; tokens/s and ms."""
+    if (runtime := getattr(model, "runtime", None)) is not None:
+        return compiled_repeat(runtime, ids, new)
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     start = _now(ids.device)
     out = model(input_ids=ids, use_cache=True, **last)
@@ -125,9 +140,9 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def open_model(folder: Path, dtype: str, device: str, work: Workload) -> Measure:
-    """Load the transformers or packed model of `folder` and bind it to the workload."""
-    model = loading.load(folder, loading.DTYPES[dtype], device)
+def open_model(folder: Path, dtype: str, device: str, work: Workload, compile: bool = False) -> Measure:  # noqa: A002
+    """Load the transformers or packed model of `folder`, compiled if asked, and bind it to the workload."""
+    model = loading.load(folder, loading.DTYPES[dtype], device, compile)
     if loading.kind(folder) == "speech":
         recognizer = Recognizer(model, AutoProcessor.from_pretrained(folder), work.language)
         if work.clips:

@@ -26,9 +26,11 @@ def load(
 
     dtype: of everything that is not packed (None: as in config.json; on a CPU, float16 becomes bfloat16, which CPUs
     compute in). device: any torch device. compile: whether `generate` runs compiled graphs (quant/runtime, CPUs only); True
-    makes what is not on disk yet, which takes a minute and is said in one line; None takes what is there; False runs
-    eagerly. Both give the same text. cache: "float" or "int8" keys and values, for compiled graphs. Raises ValueError, before reading tensors, for a folder that is not ours, an
-    unknown format version, a file cut short, and the first tensor that is missing or has the wrong shape or dtype.
+    makes what is not on disk yet, which takes a minute and is said in one line; None takes what is there; False runs layer
+    by layer. Both give the same text. cache: "float" or "int8" keys and values, for compiled graphs.
+
+    Raises ValueError, before reading tensors, for a folder that is not ours, an unknown format version, a file cut short,
+    and the first tensor that is missing or has the wrong shape or dtype.
     """
     import accelerate
 

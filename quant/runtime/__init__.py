@@ -12,10 +12,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
+
 from quant.runtime import artifact, attend, decoder, whisper
 from quant.runtime.generate import attach
 from quant.runtime.linears import dtype_of
-from quant.runtime.session import Session, SpeechSession, graphs
+from quant.runtime.session import Session, SpeechSession, graph
 
 
 def refuses(model: Any) -> str | None:
@@ -28,15 +30,17 @@ def refuses(model: Any) -> str | None:
         library.load()
     except library.Unavailable as error:
         return str(error)
-    return (whisper if model.config.is_encoder_decoder else decoder).refuses(model)
+    family = whisper if model.config.is_encoder_decoder else decoder
+    why: str | None = family.refuses(model)
+    return why
 
 
 def compiled(model: Any, cache: str = "float", say: artifact.Say | None = None) -> bool:
     """Make `model.generate` run compiled graphs; `model.runtime` is then the Session. True where that was possible.
 
-    cache: "float" keeps keys and values in the model's dtype, "int8" in a quarter to half of that. say: is told, in one line,
-    what was compiled and how long it took; None never compiles and only takes graphs that are on disk. A model that cannot be
-    compiled stays as it is, with a warning that gives the reason. Raises ValueError for another `cache`.
+    cache: "float" keeps keys and values in the model's dtype, "int8" in about half of bfloat16's memory. say: is told, in one
+    line, what was compiled and how long it took; None never compiles and only takes graphs that are on disk. A model that
+    cannot be compiled stays as it is, with a warning that gives the reason. Raises ValueError for another `cache`.
     """
     if cache not in attend.KINDS:
         raise ValueError(f"cache {cache!r} is unknown; allowed: {', '.join(attend.KINDS)}")
@@ -46,25 +50,25 @@ def compiled(model: Any, cache: str = "float", say: artifact.Say | None = None) 
         return False
     dtype = dtype_of(model)
     about = {"cache": cache, "dtype": str(dtype), "config": model.config.to_json_string()}
-    if not model.config.is_encoder_decoder:
-        text = decoder.Decoder(model).eval()
-        pair = graphs(text, about, cache, dtype, None, say)
-        if pair is not None:
-            attach(model, Session(text, cache, dtype, *pair))
-        return pair is not None
-    return _speech(model, about, cache, say)
+    runtime = (_speech if model.config.is_encoder_decoder else _text)(model, about, cache, dtype, say)
+    if runtime is not None:
+        attach(model, runtime)
+    return runtime is not None
 
 
-def _speech(model: Any, about: dict[str, Any], cache: str, say: artifact.Say | None) -> bool:
-    import torch
+def _text(model: Any, about: dict[str, Any], cache: str, dtype: torch.dtype, say: artifact.Say | None) -> Session | None:
+    text = decoder.Decoder(model).eval()
+    made = graph(text, about, cache, dtype, None, say)
+    return None if made is None else Session(text, cache, dtype, made)
 
-    text, audio, dtype = whisper.Decoder(model).eval(), whisper.Audio(model).eval(), dtype_of(model)
+
+def _speech(model: Any, about: dict[str, Any], cache: str, dtype: torch.dtype, say: artifact.Say | None) -> Session | None:
+    text, audio = whisper.Decoder(model).eval(), whisper.Audio(model).eval()
     hidden = torch.zeros(2, model.config.max_source_positions, model.config.d_model, dtype=dtype)
-    clip = artifact.get("audio", audio, about, (hidden,), ({0: torch.export.Dim("b", min=1, max=4096)},), say)
-    if clip is None:
-        return False
-    shape = (1, text.blocks[0].qkv.sizes[1] // audio.head, hidden.shape[1], audio.head)
-    pair = graphs(text, about, cache, dtype, shape, say)
-    if pair is not None:
-        attach(model, SpeechSession(text, cache, dtype, *pair, clip))
-    return pair is not None
+    heard = artifact.get("audio", audio, about, (hidden,), ({0: torch.export.Dim("b", min=1, max=4096)},), say)
+    if heard is None:
+        return None
+    with torch.no_grad():
+        keys = audio(hidden[:1])[0][0]
+    made = graph(text, about, cache, dtype, keys.shape[1:], say)
+    return None if made is None else SpeechSession(text, cache, dtype, made, heard)

@@ -44,8 +44,8 @@ def environment() -> dict[str, str]:
     import transformers
 
     sources = hashlib.sha256()
-    package = Path(__file__).resolve().parent
-    for path in sorted([*package.glob("*.py"), *package.glob("*.h"), *FOLDER.parent.parent.rglob("*.py"), FOLDER / LIBRARY]):
+    package, kernels = Path(__file__).parent, FOLDER.parent
+    for path in (*sorted(package.glob("*.py")), package / shims.HEADER, *sorted(kernels.glob("*.py")), FOLDER / LIBRARY):
         sources.update(path.read_bytes())
     return {
         "torch": torch.__version__,
@@ -102,7 +102,7 @@ def get(
             return None
         start = time.perf_counter()
         compile_to(path, module, inputs, dynamic)
-        say(f"compiled {name} in {time.perf_counter() - start:.0f} s, kept in {path}")
+        say(f"compiled the {name} in {time.perf_counter() - start:.0f} s, kept in {path}")
     return Graph(path, module)
 
 

@@ -45,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache, start: Tensor, first: 
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     if len(cache) == 2:
         torch.ops.lowbit.cpu_append_kv(k, v, *cache, start)
-        y = torch.ops.lowbit.cpu_attention(q, *cache, start, first, scale)
+        y: Tensor = torch.ops.lowbit.cpu_attention(q, *cache, start, first, scale)
     else:
         torch.ops.lowbit.cpu_append_kv_int8(k, v, *cache, start)
         y = torch.ops.lowbit.cpu_attention_int8(q, *cache, start, first, scale)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.runtime import attend
-from quant.runtime.linears import Linears, weight_of
+from quant.runtime.linears import Embedding, Linears, dtype_of, weight_of
 
 TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type; each is run in the tests
 ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the text
@@ -57,11 +57,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: attend.Cache, start: Tensor, first: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head)) for y in self.qkv(self.attention_norm(x)))
         if self.q_norm is not None:
+            assert self.k_norm is not None
             q, k = self.q_norm(q), self.k_norm(k)
         y = attend.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, start, first, self.scale)
         x = x + self.out(y)[0]
         gate, up = self.gate_up(self.mlp_norm(x))
-        return x + self.down(self.activation(gate) * up)[0]
+        out: Tensor = x + self.down(self.activation(gate) * up)[0]
+        return out
 
 
 def channels(layer: Any) -> Tensor:
@@ -73,7 +75,8 @@ def channels(layer: Any) -> Tensor:
         return attend.channel_factors(weight_of(attention.k_proj), layer.input_layernorm.weight, bias, size, rotary=True)
     power = norm.weight.detach().float().square()  # it gives the channels of every head a known size
     both = ((power + power.roll(size // 2)) / 2).sqrt().clamp(min=attend.SMALLEST)
-    return both.expand(attention.k_proj.out_features // size, -1).contiguous()
+    wide: Tensor = both.expand(attention.k_proj.out_features // size, -1).contiguous()
+    return wide
 
 
 class Decoder(nn.Module):
@@ -85,9 +88,10 @@ class Decoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         inner = model.model
-        self.embed, self.norm, self.rope = inner.embed_tokens, inner.norm, inner.rotary_emb
-        self.blocks = nn.ModuleList(Block(layer) for layer in inner.layers)
         self.head = Linears(model.lm_head)
+        self.embed = Embedding(inner.embed_tokens, dtype_of(model))  # after the head, which moves a table they share
+        self.norm, self.rope = inner.norm, inner.rotary_emb
+        self.blocks = nn.ModuleList(Block(layer) for layer in inner.layers)
         self.channels = [channels(layer) for layer in inner.layers]
         self.longest = model.config.max_position_embeddings
 

@@ -79,10 +79,7 @@ class Loop:
                 scores.append(score)
             if raw is not None:
                 raw.append(logits.float())
-            if config.do_sample:
-                tokens = torch.multinomial(score.softmax(-1), 1)[:, 0]
-            else:
-                tokens = score.argmax(-1)
+            tokens = torch.multinomial(score.softmax(-1), 1)[:, 0] if config.do_sample else score.argmax(-1)
             if pad is not None:
                 tokens = torch.where(going, tokens, pad)
             ids[:, length] = tokens
@@ -125,9 +122,7 @@ def outputs(model: Any, ids: Tensor, scores: list[Tensor] | None, raw: list[Tens
     if not config.return_dict_in_generate:
         return ids
     kind = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
-    return kind(
-        sequences=ids, scores=None if scores is None else tuple(scores), logits=None if raw is None else tuple(raw)
-    )
+    return kind(sequences=ids, scores=None if scores is None else tuple(scores), logits=None if raw is None else tuple(raw))
 
 
 def attach(model: Any, runtime: Runtime) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.dispatch import Prepared
 from quant.linear import PackedLinear, join
 
 
@@ -17,11 +18,12 @@ class Linears(nn.Module):
     where the kernel joins them.
     """
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, *given: nn.Module) -> None:
         super().__init__()
+        layers = tuple(untied(layer) for layer in given)
         self.sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
         packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-        whole = join(packed) if len(packed) == len(layers) else None
+        whole = together(packed) if len(packed) == len(layers) else None
         if whole is None and len(layers) > 1:
             self.each: nn.ModuleList | None = nn.ModuleList(Linears(layer) for layer in layers)
             return
@@ -47,9 +49,9 @@ class Linears(nn.Module):
         if self.each is not None:
             return [layer(x)[0] for layer in self.each]
         biases = [getattr(self, f"b{position}") for position in range(len(self.sizes))]
-        if self.kernel is None:
-            return [nn.functional.linear(x, self.w0, biases[0])]
         weights = tuple(getattr(self, f"w{position}") for position in range(self.weights))
+        if self.kernel is None:
+            return [nn.functional.linear(x, weights[0], biases[0])]
         flat = x.reshape(-1, x.shape[-1])
         if self.together:
             ys = self.kernel.matmul_joined(flat, weights, biases, self.specs)
@@ -60,6 +62,48 @@ class Linears(nn.Module):
     def extra_repr(self) -> str:
         """What of these layers is fixed in compiled code; part of the artifact's key."""
         return f"{self.sizes}, " + ("" if self.each is not None else f"{self.kernel and self.kernel.name}, {self.specs}")
+
+
+class Embedding(nn.Module):
+    """ids [...] -> rows [..., K] of an embedding, packed or not, around its own memory."""
+
+    def __init__(self, table: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table = None if isinstance(table, PackedLinear) else table
+        self.dtype = dtype
+        if isinstance(table, PackedLinear):
+            self.kernel, weights, self.spec = table.bound()
+            self.count = len(weights)
+            for position, weight in enumerate(weights):
+                self.register_buffer(f"w{position}", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.table is not None:
+            rows: Tensor = self.table(ids)
+            return rows
+        weights = tuple(getattr(self, f"w{position}") for position in range(self.count))
+        found: Tensor = self.spec.format.dequantize(self.kernel.rows(weights, ids.flatten(), self.spec))
+        return found.to(self.dtype).view(*ids.shape, found.shape[-1])
+
+    def extra_repr(self) -> str:
+        """As of Linears."""
+        return "" if self.table is not None else f"{self.kernel.name}, {self.spec}, {self.dtype}"
+
+
+def untied(layer: nn.Module) -> nn.Module:
+    """The layer itself, or the packed embedding whose table a tied head multiplies by."""
+    table = getattr(layer, "embedding", None)
+    return table if isinstance(table, PackedLinear) else layer
+
+
+def together(layers: list[PackedLinear]) -> Prepared | None:
+    """As quant.linear.join; a weight that eager siblings share is theirs too, so that it is in memory once."""
+    family = layers[0].siblings
+    if family is None or list(family.layers) != layers:
+        return join(layers)
+    family.joined = family.joined or join(layers)
+    family.agreed = family.joined is not None
+    return family.joined
 
 
 def weight_of(layer: nn.Module) -> Tensor:

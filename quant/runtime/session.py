@@ -14,15 +14,15 @@ STEP = 256  # capacities are multiples of it, or all positions of the model
 
 
 class Session:
-    """Prefill and decode of a Llama-like model with compiled graphs, one batch of texts at a time.
+    """Prefill and decode of a Llama-like model with its compiled graph, one batch of texts at a time.
 
-    Two graphs: `one` for a single token of a single text, `many` for everything else.
+    One graph serves prompts and single tokens: a graph of fixed shape for the latter was not faster (SmolLM2-135M).
     """
 
-    def __init__(self, decoder: Any, kind: str, dtype: torch.dtype, one: artifact.Graph, many: artifact.Graph) -> None:
-        self.decoder, self.kind, self.dtype, self.one, self.many = decoder, kind, dtype, one, many
+    def __init__(self, decoder: Any, kind: str, dtype: torch.dtype, graph: artifact.Graph) -> None:
+        self.decoder, self.kind, self.dtype, self.graph = decoder, kind, dtype, graph
         self.caches: list[attend.Cache] = []
-        self.context: list[Tensor] = []  # what the graphs take besides: of speech, the clip
+        self.context: list[Tensor] = []  # what the graph takes besides: of speech, the clip
         self.start = torch.zeros((), dtype=torch.int64)  # places filled in every row of the caches
         self.first = torch.zeros(0, dtype=torch.int64)  # [B] of them, padding at the beginning
 
@@ -62,9 +62,8 @@ class Session:
         return self._run(tokens[:, None])
 
     def _run(self, ids: Tensor) -> Tensor:
-        graph = self.one if ids.numel() == 1 else self.many
         caches = (part for cache in self.caches for part in cache)
-        logits = graph([ids.contiguous(), self.start, self.first, *caches, *self.context])[0]
+        logits = self.graph([ids.contiguous(), self.start, self.first, *caches, *self.context])[0]
         self.start += ids.shape[1]
         return logits
 
@@ -82,12 +81,10 @@ class Session:
 
 
 class SpeechSession(Session):
-    """The same for Whisper: a graph that turns the encoder's output into keys and values, and the two of the decoder."""
+    """The same for Whisper, with a second graph: from the encoder's output to the keys and values of the clip."""
 
-    def __init__(
-        self, decoder: Any, kind: str, dtype: torch.dtype, one: artifact.Graph, many: artifact.Graph, audio: artifact.Graph
-    ) -> None:
-        super().__init__(decoder, kind, dtype, one, many)
+    def __init__(self, decoder: Any, kind: str, dtype: torch.dtype, graph: artifact.Graph, audio: artifact.Graph) -> None:
+        super().__init__(decoder, kind, dtype, graph)
         self.audio = audio
 
     def refuses(self, ids: Tensor, given: dict[str, Any]) -> str | None:
@@ -112,29 +109,22 @@ def memory(decoder: Any, kind: str, rows: int, capacity: int, dtype: torch.dtype
     return [attend.empty(kind, rows, capacity, dtype, channel) for channel in decoder.channels]
 
 
-def graphs(
-    decoder: nn.Module, about: dict[str, Any], kind: str, dtype: torch.dtype, audio: tuple[int, int, int, int] | None,
-    say: artifact.Say | None,
-) -> list[artifact.Graph] | None:  # fmt: skip
-    """`one` and `many` of a decoder, from the disk, else compiled if `say` is given, else None.
+def graph(
+    decoder: nn.Module, about: dict[str, Any], kind: str, dtype: torch.dtype, audio: torch.Size | None, say: artifact.Say | None
+) -> artifact.Graph | None:
+    """The graph of a decoder for any B, T and S, from the disk, else compiled if `say` is given, else None.
 
-    audio: shape of the keys of a clip where the decoder attends to one, for B = 1.
+    audio: [H, S, D] of the keys of a clip, where the decoder attends to one.
     """
     longest: int = decoder.longest  # type: ignore[assignment]
     b, t, s = (Dim(name, min=1, max=top) for name, top in (("b", 4096), ("t", longest), ("s", 2**31)))
-    found = []
-    for name, rows, tokens in (("decode", 1, 1), ("prefill", 2, 3)):
-        caches = memory(decoder, kind, rows, min(STEP, longest), dtype)
-        batch = {} if rows == 1 else {0: b}
-        shapes = [tuple({} if part.dim() == 2 else batch | {2: s} for part in cache) for cache in caches]
-        dynamic: list[Any] = [batch | ({} if tokens == 1 else {1: t}), None, batch, shapes]
-        numbers = torch.zeros((), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-        inputs: list[Any] = [torch.zeros(rows, tokens, dtype=torch.int64), *numbers, caches]
-        if audio is not None:
-            inputs.append([tuple(torch.zeros(rows, *audio[1:], dtype=dtype) for _ in range(2)) for _ in caches])
-            dynamic.append([(batch, batch) for _ in caches])
-        graph = artifact.get(name, decoder, about, inputs, tuple(dynamic), say)
-        if graph is None:
-            return None
-        found.append(graph)
-    return found
+    rows, tokens = 2, 3  # any but 1, which tracing would take for a constant
+    caches = memory(decoder, kind, rows, min(STEP, longest), dtype)
+    shapes = [tuple({} if part.dim() == 2 else {0: b, 2: s} for part in cache) for cache in caches]
+    dynamic: list[Any] = [{0: b, 1: t}, None, {0: b}, shapes]
+    numbers = torch.zeros((), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    inputs: list[Any] = [torch.zeros(rows, tokens, dtype=torch.int64), *numbers, caches]
+    if audio is not None:
+        inputs.append([tuple(torch.zeros(rows, *audio, dtype=dtype) for _ in range(2)) for _ in caches])
+        dynamic.append([({0: b}, {0: b}) for _ in caches])
+    return artifact.get("decoder", decoder, about, inputs, tuple(dynamic), say)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.runtime import attend
-from quant.runtime.linears import Linears, weight_of
+from quant.runtime.linears import Embedding, Linears, dtype_of, weight_of
 
 TYPES = ("whisper",)
 
@@ -26,10 +26,8 @@ class Block(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         mine, audio = layer.self_attn, layer.encoder_attn
-        self.self_norm, self.audio_norm, self.mlp_norm = (
-            *(layer.self_attn_layer_norm, layer.encoder_attn_layer_norm),
-            layer.final_layer_norm,
-        )
+        self.self_norm, self.audio_norm = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm
+        self.mlp_norm = layer.final_layer_norm
         self.qkv, self.out = Linears(mine.q_proj, mine.k_proj, mine.v_proj), Linears(mine.out_proj)
         self.audio_q, self.audio_out = Linears(audio.q_proj), Linears(audio.out_proj)
         self.up, self.down = Linears(layer.fc1), Linears(layer.fc2)
@@ -43,7 +41,8 @@ class Block(nn.Module):
         q = (self.audio_q(self.audio_norm(x))[0] * self.scale).unflatten(-1, (-1, self.head)).transpose(1, 2)
         y = torch.ops.lowbit.cpu_attention(q, *audio, None, None, 1.0)
         x = x + self.audio_out(y.flatten(2))[0]
-        return x + self.down(self.activation(self.up(self.mlp_norm(x))[0]))[0]
+        out: Tensor = x + self.down(self.activation(self.up(self.mlp_norm(x))[0]))[0]
+        return out
 
 
 class Decoder(nn.Module):
@@ -55,9 +54,14 @@ class Decoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         inner = model.model.decoder
-        self.embed, self.positions, self.norm = inner.embed_tokens, inner.embed_positions, inner.layer_norm
-        self.blocks = nn.ModuleList(Block(layer) for layer in inner.layers)
         self.head = Linears(model.proj_out)
+        self.embed = Embedding(inner.embed_tokens, dtype_of(model))  # after the head, which moves a table they share
+        self.embed, self.positions, self.norm = (
+            Embedding(inner.embed_tokens, dtype_of(model)),
+            inner.embed_positions,
+            inner.layer_norm,
+        )
+        self.blocks = nn.ModuleList(Block(layer) for layer in inner.layers)
         self.longest = model.config.max_target_positions
         self.channels = [channels(layer) for layer in inner.layers]
 
@@ -82,9 +86,7 @@ class Audio(nn.Module):
         self.head = attentions[0].head_dim
 
     def forward(self, hidden: Tensor) -> list[attend.Cache]:
-        return [
-            tuple(y.unflatten(-1, (-1, self.head)).transpose(1, 2).contiguous() for y in both(hidden)) for both in self.kv
-        ]
+        return [tuple(y.unflatten(-1, (-1, self.head)).transpose(1, 2).contiguous() for y in both(hidden)) for both in self.kv]
 
 
 def channels(layer: Any) -> Tensor:
