@@ -136,16 +136,22 @@ def rivals(m: int, n: int, k: int, threads: int) -> dict[str, tuple[Call, int]]:
     return out | {"stream": (rotating(lambda t: read(t.data_ptr(), STREAM_BYTES), chunks), STREAM_BYTES)}
 
 
+def stopwatch(call: Call) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def measure(calls: dict[str, Call], rounds: int, burst: int) -> dict[str, float]:
     """Median seconds of each call; all take turns of `burst` calls, `rounds` times after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 2):
         for name, call in calls.items():
             for _ in range(burst):
-                start = time.perf_counter()
-                call()
+                spent = call.seconds() if isinstance(call, ggml.Matmul) else stopwatch(call)
                 if turn >= 2:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(spent)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,16 @@ def functions() -> Any:
     return type("Ggml", (), {name: staticmethod(function) for name, function in found.items()})
 
 
+@cache
+def lane() -> ThreadPoolExecutor:
+    """The one thread that computes with ggml.
+
+    ggml configures a thread's AMX tiles once and trusts them from then on; where torch or our kernels use tiles in the
+    same thread, its next product is an illegal instruction.
+    """
+    return ThreadPoolExecutor(1)
+
+
 class Matmul:
     """y = x @ dequantize(weight)^T for `copies` equal weights [n, k] in ggml type `kind` ("Q4_0", "Q8_0"), m tokens."""
 
@@ -146,10 +158,19 @@ class Matmul:
 
     def __call__(self) -> None:
         """The product with the next copy of the weight."""
+        self.seconds()
+
+    def seconds(self) -> float:
+        """The same, and how long it took in ggml's thread."""
+        return lane().submit(self._compute).result()
+
+    def _compute(self) -> float:
+        start = time.perf_counter()
         code = self.lib.backend_graph_compute(self.backend, self.graphs[self.following])
         if code != 0:
             raise RuntimeError(f"ggml_backend_graph_compute ended with {code}")
         self.following = (self.following + 1) % len(self.graphs)
+        return time.perf_counter() - start
 
     def result(self) -> NDArray[np.float32]:
         """y [m, n] of the copy that was used last."""
