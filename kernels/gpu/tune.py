@@ -19,14 +19,16 @@ from quant.kernels.gpu.tiles import BUCKETS, Tile, Variant, read_table, table_pa
 
 # bucket -> problems [M, N, K]: many columns, few columns. The best tile for each is kept.
 PROBLEMS = {16: ((16, 16384, 4096), (16, 1024, 4096)), 64: ((64, 16384, 4096), (64, 1024, 4096)), None: ((2048, 4096, 4096),)}
-# bucket -> (BM, BN, warps, stages)
-SHAPES: dict[int | None, tuple[tuple[int, int, int, int], ...]] = {
-    16: ((16, 128, 4, 4), (16, 128, 2, 4), (16, 32, 1, 8)),
-    64: ((64, 128, 4, 4), (64, 64, 4, 4)),
-    None: ((128, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4)),
+RELATIVE = {89: 80, 100: 90}  # related machine code: the second's winners are tried first
+Shape = tuple[int, int, int, int, str]  # BM, BN, warps, stages, operands that may come first: x, w
+# bucket -> rounds; a round is tried where no tile of the ones before it was sound. Wide tiles first: they read x less often.
+# Larger tiles than these spill (hundreds of times) wherever they were tried.
+ROUNDS: dict[int | None, tuple[tuple[Shape, ...], ...]] = {
+    16: (((16, 128, 2, 4, "xw"), (16, 32, 1, 8, "x")), ((16, 128, 4, 4, "xw"),)),
+    64: (((64, 128, 4, 4, "w"),), ((64, 64, 4, 4, "xw"), (32, 128, 4, 4, "xw"))),
+    None: (((128, 128, 8, 3, "xw"),), ((64, 128, 4, 4, "xw"),), ((64, 64, 4, 4, "xw"), (32, 128, 4, 4, "xw"))),
 }
-RELATIVE = {89: 80, 100: 90}
-FLOAT32_SHAPES = ((16, 128, 4, 2), (16, 64, 2, 3))  # for all buckets: a float32 model on a GPU is a rare guest
+FLOAT32_ROUNDS: tuple[tuple[Shape, ...], ...] = (((16, 128, 4, 2, "x"),), ((16, 64, 2, 3, "x"),))  # a rare guest
 
 
 def variants(policy: str) -> Iterator[Variant]:
@@ -37,17 +39,15 @@ def variants(policy: str) -> Iterator[Variant]:
             yield Variant(policy=policy, slice=slice_, groups=groups, compute=compute)
 
 
-def candidates(variant: Variant, bucket: int | None) -> Iterator[Tile]:
-    """Weights on either side; the group scale on the sum up to 64 tokens, above on either."""
-    grouped = not POLICIES[variant.policy].integer
-    for bm, bn, warps, stages in FLOAT32_SHAPES if variant.compute == "fp32" else SHAPES[bucket]:
-        for swap in (False, True):
-            # Two accumulators of 128 x 128 do not fit the registers of four warps.
-            either = bucket is None and (bm, warps) != (128, 4)
-            for on_sum in (False,) if not grouped else (True, False) if either else (bucket is not None,):
-                if variant.compute == "fp32" and (swap or not on_sum):
-                    continue
-                yield Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=swap, on_sum=on_sum)
+def rounds(variant: Variant, bucket: int | None) -> Iterator[list[Tile]]:
+    """Candidates. The group scale goes on the sum up to 64 tokens, where it saves instructions, and on the weights above."""
+    on_sum = not POLICIES[variant.policy].integer and (bucket is not None or variant.compute == "fp32")
+    for shapes in FLOAT32_ROUNDS if variant.compute == "fp32" else ROUNDS[bucket]:
+        yield [
+            Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum)
+            for bm, bn, warps, stages, left in shapes
+            for first in left
+        ]
 
 
 def stored(row: Row) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def tables(arch: int, policy: str) -> dict[str, list[dict[str, Any]]]:
             seeds = [tile_of(row) for row in relative.get(variant.key, ()) if row["max_m"] == bucket]
             found = sound(arch, variant, seeds or searched.get(kind, ()))
             if not found:
-                found = winners(sound(arch, variant, candidates(variant, bucket)))
+                found = next((best for tiles in rounds(variant, bucket) if (best := winners(sound(arch, variant, tiles)))), [])
                 searched.setdefault(kind, [tile_of(row) for row in found])
             if not found:
                 raise RuntimeError(f"sm_{arch} {variant.key}: no sound tile for bucket {bucket}")
@@ -117,8 +117,9 @@ def update(arch: int, policies: Iterable[str] = tuple(POLICIES)) -> None:
     stored_table = json.loads(path.read_text()) if path.exists() else {"source": {}, "tiles": {}}
     known, source = stored_table["tiles"], stored_table["source"]
     for policy in policies:
+        rows = tables(arch, policy)
+        known = {key: row for key, row in known.items() if key.split("/")[0] != policy} | rows
         source[policy] = source_hash()
-        known = {key: rows for key, rows in known.items() if key.split("/")[0] != policy} | tables(arch, policy)
-    head = {"triton": triton.__version__, "source": dict(sorted(source.items())), "device": model.DEVICES[arch].name}
-    path.write_text(json.dumps(head | {"tiles": dict(sorted(known.items()))}, indent=1) + "\n")
-    read_table.cache_clear()
+        head = {"triton": triton.__version__, "device": model.DEVICES[arch].name, "source": dict(sorted(source.items()))}
+        path.write_text(json.dumps(head | {"tiles": dict(sorted(known.items()))}, indent=1) + "\n")
+        read_table.cache_clear()
