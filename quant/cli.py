@@ -17,6 +17,7 @@ VERBS = {
     "bench": "quant.eval.speed:command",
     "run": "quant.eval.run:command",
     "inspect": "quant.show:command",
+    "compile": "quant.deploy:command",
 }
 NO_MODEL = "no model given; give a folder, a hub id or demo:smollm2-135m, or use --list or --help"
 

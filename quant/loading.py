@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quant.checkpoint import check_layers, read_config
+from quant.kernels.gpu import deployed
 from quant.models import index, model_class
 from quant.resources import usable_device
 from quant.siblings import link
@@ -58,6 +59,7 @@ def load(
             dtype = torch.bfloat16
     model = cls.from_pretrained(folder, dtype=dtype)
     link(model)
+    deployed.offer(folder)
     model = model.to(device).eval() if device is not None else model.eval()
     if model.device.type == "cpu":
         own_attention(model)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from quant.kernels.dispatch import MatmulSpec
+from quant.kernels.gpu import deployed
 from quant.kernels.gpu.plan import Layer, plan
-from quant.kernels.gpu.program import run
+from quant.kernels.gpu.program import jit, run
 from quant.kernels.gpu.tiles import table_arch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,14 +39,19 @@ def matmul(
     y = x.new_empty(m, layer.n)
     if m == 0:
         return y
-    arch, processors = facts or device_facts(x.get_device())
-    steps = plan(layer, m, arch, processors, "cuda" if x.is_cuda else "interpreter")
+    steps, start = None, jit
+    if x.is_cuda and (bundles := deployed.on(x.get_device())) is not None:
+        steps, start = bundles.plan(layer, m), bundles.launch
+    if steps is None:
+        arch, processors = facts or device_facts(x.get_device())
+        start = jit
+        steps = plan(layer, m, arch, processors, "cuda" if x.is_cuda else "interpreter")
     known = {**tensors, "x": x, "y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}
     if bias is not None:
         known["bias"] = bias
     if x.is_cuda:
         with torch.cuda.device(x.device):  # Triton launches on the current device
-            run(steps, known, m)
+            run(steps, known, m, start)
     else:
         run(steps, known, m)
     return y
@@ -56,12 +61,12 @@ def device_refuses(spec: MatmulSpec) -> str | None:
     """Why no Triton program of ours can run here, or None."""
     if spec.device != "cuda":
         return f"runs on cuda, not on {spec.device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.hip:
         return "its tables have no AMD architecture"
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs compute capability 8.0 or later"
+    if not deployed.has_triton() and deployed.on(torch.cuda.current_device()) is None:
+        return "triton is not installed and no deployment bundle fits this GPU"
     return None

@@ -7,7 +7,7 @@ grid follows from the number of tokens; a `Plan` is the steps of one operator an
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,9 @@ class Plan:
     scratch: tuple[Scratch, ...]
 
 
+Launch = Callable[[Step, Mapping[str, Tensor | int], int], None]  # step, its arguments by name, tokens
+
+
 @functools.cache
 def function(name: str) -> Any:
     """The Triton function of a program."""
@@ -80,13 +83,18 @@ def constants(program: Program) -> dict[str, Any]:
     return values
 
 
-def run(plan: Plan, tensors: Mapping[str, Tensor], m: int) -> None:
+def jit(step: Step, values: Mapping[str, Tensor | int], m: int) -> None:
+    """Launch a step through Triton, which compiles its program when it is new."""
+    program = step.program
+    options = dict(num_warps=program.warps, num_stages=program.stages, enable_fp_fusion=program.fusion)
+    function(program.name)[step.grid(m)](**values, **constants(program), **options)
+
+
+def run(plan: Plan, tensors: Mapping[str, Tensor], m: int, launch: Launch = jit) -> None:
     """Launch every step on the current device; the outputs are among `tensors`. No synchronization."""
     x = tensors["x"]
     scratch = {s.name: torch.empty(m * s.per_token, dtype=getattr(torch, s.dtype), device=x.device) for s in plan.scratch}
     known = {**tensors, **scratch}
     for step in plan.steps:
         values = {n: v if isinstance(v, int) else m if v == "M" else known[v] for n, v in step.arguments}
-        program = step.program
-        options = dict(num_warps=program.warps, num_stages=program.stages, enable_fp_fusion=program.fusion)
-        function(program.name)[step.grid(m)](**values, **constants(program), **options)
+        launch(step, values, m)
