@@ -92,8 +92,10 @@ def show(result: Evaluation, console: Console | None = None) -> None:
 
 
 def show_speed(result: SpeedResult, console: Console | None = None) -> None:
-    """Print a speed comparison, one column per side: medians, quartiles in brackets; below them the first column's ratio."""
+    """Print a speed comparison, one row per side: medians, quartiles in brackets; below them the first row's ratio to it."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     sides = [result.model, *result.others]
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     console.print(f"{result.workload}; {result.threads} threads on {result.device}; {versions}")
@@ -102,24 +104,22 @@ def show_speed(result: SpeedResult, console: Console | None = None) -> None:
         console.print(f"{side.name}: {side.model}, {side.numbers}", markup=False, highlight=False)
     for name, why in result.absent.items():
         console.print(f"{name}: not measured, {why}", markup=False, highlight=False)
-    table = _table("", *(side.name for side in sides))
-    for name in result.model.metrics:
-        table.add_row(METRICS[name], *(_spread(side.metrics.get(name)) for side in sides))
-        if result.others:
-            table.add_row("  model / it", "", *(_spread((side.ratios or {}).get(name)) for side in result.others))
-    if any(side.wer is not None for side in sides):
-        table.add_row("WER", *(_pm(side.wer, None, ".2%") for side in sides))
-    memory: dict[str, Callable[[Side], int | None]] = {
+    sizes: dict[str, Callable[[Side], int | None]] = {
         "peak RSS": lambda side: side.peak_rss_bytes,
-        "  above the bare process": lambda side: side.peak_rss_bytes - side.bare_rss_bytes,
-        "RSS once loaded": lambda side: side.loaded_rss_bytes,
-        "peak device memory": lambda side: side.device_bytes,
-        "weights on disk": lambda side: side.weight_bytes,
+        "of it model": lambda side: side.peak_rss_bytes - side.bare_rss_bytes,
+        "device peak": lambda side: side.device_bytes,
+        "on disk": lambda side: side.weight_bytes,
     }
-    for name, read in memory.items():
-        sizes = [read(side) for side in sides]
-        if sizes[0] is not None:
-            table.add_row(name, *("" if size is None else _mb(size) for size in sizes))
+    sizes = {name: read for name, read in sizes.items() if read(result.model) is not None}
+    wer = ["WER"] if any(side.wer is not None for side in sides) else []
+    metrics = list(result.model.metrics)
+    table = _table("", *(METRICS[name] for name in metrics), *wer, *sizes)
+    for side in sides:
+        cells = [_pm(side.wer, None, ".2%")] * len(wer)
+        cells += ["" if (size := read(side)) is None else _mb(size) for read in sizes.values()]
+        table.add_row(side.name, *(_spread(side.metrics.get(name)) for name in metrics), *cells)
+        if side.ratios is not None:
+            table.add_row("  model / it", *(_spread(side.ratios.get(name), ".3g") for name in metrics))
     console.print(table)
 
 
@@ -207,10 +207,11 @@ def _pm(value: float | None, error: float | None, shape: str) -> str:
     return f"{value:{shape}}" if error is None else f"{value:{shape}} ± {error:{shape.lstrip('+')}}"
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: Spread | None, shape: str = ".4g") -> str:
     if spread is None:
         return ""
-    return f"{spread.median:.4g} \\[{spread.q1:.4g}, {spread.q3:.4g}]"  # the backslash keeps rich from reading a style
+    # the backslash keeps rich from reading a style
+    return f"{spread.median:{shape}} \\[{spread.q1:{shape}}, {spread.q3:{shape}}]"
 
 
 def _mb(size: int) -> str:

@@ -26,7 +26,7 @@ class LlamaCpp(Rival):
 
     distribution, pinned, module, kind = "llama-cpp-python", ">=0.3.30,<0.4", "llama_cpp", "text"
     variants = {  # noqa: RUF012
-        "Q4_0": "weights 4 bit in groups of 32, activations 8 bit, embedding and output Q6_K",
+        "Q4_0": "weights 4 bit in groups of 32, activations 8 bit, embedding and output 6 or 8 bit",
         "Q8_0": "weights 8 bit in groups of 32, activations 8 bit",
         "Q4_K_M": "weights 4 to 6 bit in superblocks of 256 (groups of 32 where K is no multiple), activations 8 bit",
         "F16": "weights float16",
