@@ -19,10 +19,7 @@ CHUNK_ROWS = 4096  # rows of a table that are in floats at once
 
 
 class PackedEmbedding(PackedLinear):
-    """ids [...] int64 -> rows of the dequantized table, [..., K] in the compute dtype; `multiply` is the linear y = x W^T.
-
-    Its tensors are buffers, so that the first float parameter of a model still tells the model's dtype.
-    """
+    """ids [...] int64 -> rows of the dequantized table, [..., K] in the compute dtype; `multiply` is the linear y = x W^T."""
 
     padding_idx: int | None = None
 
@@ -48,9 +45,6 @@ class PackedEmbedding(PackedLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         return super().forward(x)
-
-    def _store(self, name: str, value: Tensor | None) -> None:
-        self.register_buffer(name, value)
 
 
 class TiedHead(nn.Module):

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class PackedLinear(nn.Module):
     """y = quantize(x) @ dequantize(weight)^T + bias, the weight packed.
 
-    The format's tensors are parameters under their own names until the first forward, which chooses a kernel and
-    hands them over ("bind"): from then on only the kernel's layout is in memory. The state dict always holds the
-    canonical bytes. Integer codes and scales keep their dtype under `.to(dtype)`; the bias follows it.
+    The format's tensors are buffers under their own names until the first forward, which chooses a kernel and hands them
+    over ("bind"): from then on only the kernel's layout is in memory. (Not parameters, because a model's dtype is that of
+    its first float parameter.) The state dict always holds the canonical bytes. Integer codes and scales keep their dtype
+    under `.to(dtype)`; the bias follows it.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class PackedLinear(nn.Module):
         self._prepared, self._placed = prepared, True
 
     def unbind(self) -> None:
-        """Back to canonical tensors as parameters."""
+        """Back to canonical tensors as buffers."""
         if self.kernel is None:
             return
         fields = self.fields()
@@ -140,7 +141,7 @@ class PackedLinear(nn.Module):
 
     def _store(self, name: str, value: Tensor | None) -> None:
         """Set one of the format's tensors; None: the kernel holds it now."""
-        self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+        self.register_buffer(name, value)
 
     def _field_names(self) -> list[str]:
         return list(self.format.fields(self.out_features, self.in_features))

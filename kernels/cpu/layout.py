@@ -65,7 +65,7 @@ def unblock_pairs(blocks: Tensor, n: int, k: int) -> Tensor:
     packed = blocks.transpose(1, 2).flatten(0, 1)  # [N, K / 16, 4]
     halves = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], -1)  # [N, K / 16, 4 bytes, 4]
     codes = halves.view(*halves.shape[:2], 2, 2, 4).transpose(2, 3).transpose(3, 4)  # [N, K / 16, byte, 4, even or odd]
-    return codes.reshape(packed.shape[0], -1)[:n, :k]
+    return codes.flatten(1)[:n, :k]
 
 
 def block_tops(tops: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def unblock_tops(blocks: Tensor, n: int, k: int) -> Tensor:
     """Inverse of `block_tops`."""
     packed = blocks.transpose(1, 2).flatten(0, 1)  # [N, K / 16, 2]
     octets = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    return octets.transpose(2, 3).reshape(packed.shape[0], -1)[:n, :k]
+    return octets.transpose(2, 3).flatten(1)[:n, :k]
 
 
 def block_codes(codes: Tensor, bits: int) -> Tensor:

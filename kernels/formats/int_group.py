@@ -96,7 +96,7 @@ class IntGroup(Format):
         n, k = codes.codes.shape
         scale = codes.params["weight_scale"].float()  # [N, K // G]
         zero = 2.0 ** (self.bits - 1) if self.symmetric else codes.params["weight_zero"].float().unsqueeze(-1)
-        grouped = codes.codes.view(n, scale.shape[1], -1).float()
+        grouped = codes.codes.view(n, scale.shape[1], k // scale.shape[1]).float()
         return ((grouped - zero) * scale.unsqueeze(-1)).view(n, k)
 
     def range_grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:

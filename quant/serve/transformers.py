@@ -80,7 +80,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.require_valid(name)
-                module.requires_grad_(False)  # transformers has made the float fields trainable
+                module.requires_grad_(False)  # transformers has made the bias trainable
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
