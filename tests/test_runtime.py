@@ -173,8 +173,9 @@ def test_what_a_graph_is_made_from_computes_what_transformers_does(kind: str, ca
     with torch.no_grad():
         places = (mask.cumsum(1) - 1).clamp(min=0)
         expected = model(ids, attention_mask=mask, position_ids=places).logits
-        got = [decoder(ids[:, :10], torch.tensor(0), first, caches)]
-        got += [decoder(ids[:, t : t + 1], torch.tensor(t), first, caches) for t in (10, 11)]
+        tables = decoder.rotations(64, torch.float32)
+        got = [decoder(ids[:, :10], torch.tensor(0), first, caches, tables)]
+        got += [decoder(ids[:, t : t + 1], torch.tensor(t), first, caches, tables) for t in (10, 11)]
     error = (torch.stack(got, 1) - expected[:, 9:]).norm() / expected[:, 9:].norm()
     assert error < (1e-5 if cache == "float" else 0.03)
 

@@ -34,9 +34,12 @@ def refuses(model: Any) -> str | None:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, D] with cos and sin [B, T, 1, D]; channel i pairs with i + D/2."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    """Rotary embedding of x [B, T, H, D] with cos and sin [B, T, 1, D]; channel i pairs with i + D/2.
+
+    Half by half, so that a graph writes the result in one pass; products are rounded where transformers rounds them.
+    """
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (part.chunk(2, -1) for part in (x, cos, sin))
+    return torch.cat((a * cos_a - b * sin_a, b * cos_b + a * sin_b), -1)
 
 
 class Block(nn.Module):
@@ -82,7 +85,8 @@ def channels(layer: Any) -> Tensor:
 class Decoder(nn.Module):
     """ids [B, T] at places start [] onwards -> logits [B, V] after token T - 1; appends to `caches`, one per block.
 
-    first [B]: padding at the beginning of each row, which nothing attends to.
+    first [B]: padding at the beginning of each row, which nothing attends to. tables: see `rotations`; as an input, because a
+    graph would compute cosines again in every block.
     """
 
     def __init__(self, model: Any) -> None:
@@ -95,10 +99,14 @@ class Decoder(nn.Module):
         self.channels = [channels(layer) for layer in inner.layers]
         self.longest = model.config.max_position_embeddings
 
-    def forward(self, ids: Tensor, start: Tensor, first: Tensor, caches: list[attend.Cache]) -> Tensor:
+    def rotations(self, places: int, dtype: torch.dtype) -> list[Tensor]:
+        """cos and sin [S, D] of the rotary embedding at the first S = `places` positions."""
+        return [part[0] for part in self.rope(torch.empty(0, dtype=dtype), torch.arange(places)[None])]
+
+    def forward(self, ids: Tensor, start: Tensor, first: Tensor, caches: list[attend.Cache], tables: list[Tensor]) -> Tensor:
         x = self.embed(ids)
-        places = start + torch.arange(ids.shape[1], device=ids.device)  # [T]
-        cos, sin = (part[:, :, None] for part in self.rope(x, (places - first[:, None]).clamp(min=0)))
+        positions = (start + torch.arange(ids.shape[1], device=ids.device) - first[:, None]).clamp(min=0)  # [B, T]
+        cos, sin = (nn.functional.embedding(positions, table)[:, :, None] for table in tables)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cos, sin, cache, start, first)
         logits: Tensor = self.head(self.norm(x[:, -1]))[0]

@@ -22,7 +22,7 @@ class Session:
     def __init__(self, decoder: Any, kind: str, dtype: torch.dtype, graph: artifact.Graph) -> None:
         self.decoder, self.kind, self.dtype, self.graph = decoder, kind, dtype, graph
         self.caches: list[attend.Cache] = []
-        self.context: list[Tensor] = []  # what the graph takes besides: of speech, the clip
+        self.context: list[Tensor] = []  # what the graph takes besides: of text, rotations; of speech, the clip
         self.start = torch.zeros((), dtype=torch.int64)  # places filled in every row of the caches
         self.first = torch.zeros(0, dtype=torch.int64)  # [B] of them, padding at the beginning
 
@@ -78,6 +78,11 @@ class Session:
             self.caches = [attend.grown(cache, capacity) for cache in self.caches]
         else:
             self.caches = memory(self.decoder, self.kind, len(self.first), capacity, self.dtype)
+        self.place(capacity)
+
+    def place(self, capacity: int) -> None:
+        """Make the graph's other inputs fit caches of `capacity` tokens."""
+        self.context = self.decoder.rotations(capacity, self.dtype)
 
 
 class SpeechSession(Session):
@@ -86,6 +91,9 @@ class SpeechSession(Session):
     def __init__(self, decoder: Any, kind: str, dtype: torch.dtype, graph: artifact.Graph, audio: artifact.Graph) -> None:
         super().__init__(decoder, kind, dtype, graph)
         self.audio = audio
+
+    def place(self, capacity: int) -> None:
+        """Nothing: a clip's keys and values are as they are."""
 
     def refuses(self, ids: Tensor, given: dict[str, Any]) -> str | None:
         """As generate.Runtime: the encoder has run, prompts are token ids without padding."""
@@ -124,7 +132,10 @@ def graph(
     dynamic: list[Any] = [{0: b, 1: t}, None, {0: b}, shapes]
     numbers = torch.zeros((), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     inputs: list[Any] = [torch.zeros(rows, tokens, dtype=torch.int64), *numbers, caches]
-    if audio is not None:
+    if audio is None:
+        inputs.append(decoder.rotations(min(STEP, longest), dtype))  # type: ignore[operator]
+        dynamic.append([{0: s}, {0: s}])
+    else:
         inputs.append([tuple(torch.zeros(rows, *audio, dtype=dtype) for _ in range(2)) for _ in caches])
         dynamic.append([({0: b}, {0: b}) for _ in caches])
     return artifact.get("decoder", decoder, about, inputs, tuple(dynamic), say)
