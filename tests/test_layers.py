@@ -116,11 +116,14 @@ print(sorted(above))
     # the serving adapter registers itself as transformers is there already; it needs these
     allowed = {
         "quant.checkpoint",
+        "quant.embedding",
         "quant.linear",
         "quant.models",
         "quant.stacks",
         "quant.targets",
         "quant.recipe",
+        "quant.rounding",
+        "quant.search",
         "quant.stats",
     }
     found = ast.literal_eval(done.stdout)
