@@ -1,5 +1,8 @@
 """Rivals: names, what happens without them or when they fail, the GGUF file that is made for llama.cpp, its tokens."""
 
+import os
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
@@ -189,3 +192,20 @@ def test_ggml_multiplies(kind, m, n, k):
         torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()  # torch's own use of AMX tiles, where there are some
         product()
         assert np.linalg.norm(product.result() - expected) < 0.01 * np.linalg.norm(expected)  # ggml's tokens are 8 bit
+
+
+def test_a_conversion_that_crashes_is_one_line():
+    with pytest.raises(ValueError, match="ended the process it ran in"):
+        contender._apart(partial(os._exit, 3))
+
+
+def test_a_rival_beside_a_model(llama):
+    pytest.importorskip("llama_cpp")
+    result = speed.compare(
+        llama, llama, WORK, threads=1, dtype="float32", repeats=1, warmup=0, rivals=choices("llama.cpp:F16,ctranslate2")
+    )
+    against, rival = result.others
+    assert rival.metrics.keys() == rival.ratios.keys() == against.metrics.keys()
+    assert rival.weight_bytes > loading.weight_bytes(llama)
+    assert "llama-cpp-python" in rival.numbers
+    assert list(result.absent) == ["ctranslate2:int8"]
