@@ -28,7 +28,11 @@ ROUNDS: dict[int | None, tuple[tuple[Shape, ...], ...]] = {
     64: (((64, 128, 4, 4, "w"),), ((64, 64, 4, 4, "xw"), (32, 128, 4, 4, "xw"))),
     None: (((128, 128, 8, 3, "xw"),), ((64, 128, 4, 4, "xw"),), ((64, 64, 4, 4, "xw"), (32, 128, 4, 4, "xw"))),
 }
-FLOAT32_ROUNDS: tuple[tuple[Shape, ...], ...] = (((16, 128, 4, 2, "x"),), ((16, 64, 2, 3, "x"),))  # a rare guest
+FLOAT32_ROUNDS: tuple[tuple[Shape, ...], ...] = (  # a rare guest
+    ((16, 128, 4, 2, "x"),),
+    ((16, 64, 2, 3, "x"),),
+    ((16, 128, 8, 2, "x"), (16, 64, 8, 3, "x")),
+)
 
 
 def variants(policy: str) -> Iterator[Variant]:
@@ -77,13 +81,11 @@ def sound(arch: int, variant: Variant, tiles: Iterable[Tile]) -> list[dict[str, 
 
 
 def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The best row for each problem of their bucket, without repeats."""
-    best: list[dict[str, Any]] = []
-    for problem in rows[0]["predicted_us"] if rows else ():
-        row = min(rows, key=lambda r: (r["predicted_us"][problem], r["counts"]["alu_per_weight"]))
-        if row not in best:
-            best.append(row)
-    return best
+    """The best row of each width; `choose` ranks the widths for the layer at hand."""
+    best: dict[int, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda r: (sum(r["predicted_us"].values()), r["counts"]["alu_per_weight"])):
+        best.setdefault(row["bn"], row)
+    return list(best.values())
 
 
 def tables(arch: int, policy: str) -> dict[str, list[dict[str, Any]]]:

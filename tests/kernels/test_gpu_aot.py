@@ -20,13 +20,14 @@ from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, read_table, tile_of
 from quant.kernels.gpu.tune import variants
 
 EVERY_VARIANT = {variant.key for policy in POLICIES for variant in variants(policy)}
-# ALU instructions per weight of the hot loop for up to 16 tokens, tile of 128 columns: the most that a change may cost.
+# ALU instructions per weight of the hot loop for up to 16 tokens, tile of 128 columns, on sm_80 and on sm_90: the most that a
+# change may cost.
 BARS = {
-    "dual4/64/1/int8": 1.15,
-    "int4/64/1/fp16": 2.4,
-    "int4/64/1/bf16": 2.5,
-    "int2/64/2/fp16": 1.95,
-    "int2/64/2/bf16": 2.2,
+    "dual4/64/1/int8": (1.15, 1.15),
+    "int4/64/1/fp16": (2.4, 2.4),
+    "int4/64/1/bf16": (2.4, 2.4),
+    "int2/64/2/fp16": (1.8, 1.9),
+    "int2/64/2/bf16": (1.95, 2.1),
 }
 
 
@@ -59,7 +60,7 @@ def test_every_shipped_tile_is_sound(arch):
 @pytest.mark.parametrize("key", BARS)
 def test_decode_tiles_meet_their_bars(arch, key):
     rows = [row for row in read_table(arch)["tiles"][key] if row["max_m"] == 16 and row["bn"] == 128]
-    assert min(row["counts"]["alu_per_weight"] for row in rows) <= BARS[key]
+    assert min(row["counts"]["alu_per_weight"] for row in rows) <= BARS[key][(80, 90).index(arch)]
 
 
 SAMPLE = [
