@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.dispatch import Prepared
+from quant.kernels.dispatch import MatmulSpec, Prepared
 from quant.linear import PackedLinear, join
 from quant.targets import FUSED
 
@@ -30,6 +30,8 @@ class Siblings:
         self.seen = 0  # layers that have read the current tensor before they are joined
         self.agreed = False
         self.joined: Prepared | None = None
+        self.specs: list[MatmulSpec] = []  # of the layers, and their biases, once joined
+        self.biases: list[Tensor | None] = []
         self.source: weakref.ref[Tensor] | None = None
         self.key: tuple[object, ...] = ()
         self.outputs: list[Tensor | None] = [None] * len(self.layers)
@@ -78,10 +80,13 @@ class Siblings:
         self.joined = self.joined or join(self.layers)
         if self.joined is None:
             return
-        kernel, _, spec = self.layers[0].bound()
-        specs, biases = [layer.bound()[2] for layer in self.layers], [layer.bias for layer in self.layers]
+        kernel = self.layers[0].bound()[0]
+        if not self.specs:
+            self.specs = [layer.bound()[2] for layer in self.layers]
+            self.biases = [layer.bias for layer in self.layers]
         self.remember(x)
-        self.outputs = list(kernel.matmul_joined(x.reshape(-1, spec.k).contiguous(), self.joined, biases, specs))
+        flat = x.reshape(-1, self.specs[0].k).contiguous()
+        self.outputs = list(kernel.matmul_joined(flat, self.joined, self.biases, self.specs))
 
     def part(self) -> None:
         """Every layer goes its own way from now on."""
@@ -93,13 +98,13 @@ class Siblings:
     def unbound(self) -> None:
         """A layer went back to its canonical tensors; join anew when asked again."""
         self.joined = None
+        self.specs, self.biases = [], []
         self.forget()
 
     def key_of(self, x: Tensor) -> tuple[object, ...]:
         """What changes when x or a bias is written to."""
-        counted = (layer.bias for layer in self.layers if layer.bias is not None and not layer.bias.is_inference())
-        biases = (bias._version for bias in counted)
-        return x._version, x.data_ptr(), x.shape, *biases
+        counted = (bias._version for bias in self.biases if bias is not None and not bias.is_inference())
+        return x._version, x.data_ptr(), x.shape, *counted
 
     def remember(self, x: Tensor) -> None:
         owner = weakref.ref(self)
