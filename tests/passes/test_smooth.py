@@ -13,7 +13,7 @@ from torch import nn
 from quant.calibrate import Chain, Sample, capture, catch
 from quant.folds import BlockView
 from quant.kernels.formats.int_group import IntGroup
-from quant.passes.smooth import Pass, migration_factors, percentile_factors, served_error
+from quant.passes.smooth import Pass, learned_factors, migration_factors, percentile_factors, served_error
 from quant.stacks import find_stacks
 
 
@@ -149,3 +149,15 @@ def test_the_search_serves_best_and_its_error_is_that_of_the_served_layers(view:
             y = (torch.round(x / xs) * xs) @ (torch.round(w / ws) * ws).T
             total += float((y - x @ w.T).norm() ** 2 / (x @ w.T).norm() ** 2)
         assert served_error(block, group, ones) == pytest.approx(total, rel=0.02)
+
+
+def test_learning_serves_better_than_the_search_it_starts_from(view: Callable[[], BlockView]) -> None:
+    block = view()
+    for group in block.groups:
+        searched, learned = (
+            served_error(block, group, Pass(method=method).factors(block, group)) for method in ("search", "learn")
+        )
+        assert learned <= searched
+    group = block.groups[0]
+    ones = torch.ones_like(group.stats.absmax)
+    assert served_error(block, group, learned_factors(block, group, ones)) < 0.5 * served_error(block, group, ones)
