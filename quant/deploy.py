@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant.checkpoint import check_layers, read_config, scheme_of
+from quant.embedding import size_of
 from quant.kernels.dispatch import MatmulSpec
 from quant.models import index, model_class
 from quant.stacks import match_names
@@ -52,10 +53,10 @@ def shapes_of(folder: Path) -> tuple[dict[Shape, int], torch.dtype]:
     for name in sorted(packed):
         scheme = scheme_of(section, on_disk[name])
         assert scheme is not None, name
-        linear = model.get_submodule(name)
-        n, k = linear.out_features, linear.in_features
+        module = model.get_submodule(name)
+        n, k = size_of(module)
         spec = MatmulSpec(n=n, k=k, format=scheme[0], activation=scheme[1], device="cuda")
-        shape = Shape(spec=spec, bias=linear.bias is not None)
+        shape = Shape(spec=spec, bias=getattr(module, "bias", None) is not None)
         found[shape] = found.get(shape, 0) + 1
     return found, config.dtype or torch.float32
 
@@ -110,8 +111,8 @@ def check_amd(console: Console, layers: list[Any]) -> None:
     for program in programs:
         compile_program(program, AMD)
     console.print(
-        f"{AMD}: {len(programs)} programs compile ({time.monotonic() - began:.1f} s); a compile check only: nothing is "
-        "written, lowbit runs no AMD GPU yet"
+        f"{AMD}: {len(programs)} programs for few tokens compile ({time.monotonic() - began:.1f} s); a compile check only: "
+        "nothing is written, lowbit runs no AMD GPU yet"
     )
 
 
