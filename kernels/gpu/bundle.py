@@ -11,6 +11,7 @@ them. A bundle is used as a whole or refused with the reason; nothing in it is t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -55,7 +56,7 @@ class Compiled:
     size_bytes: int
     code: bytes = dataclasses.field(default=b"", repr=False)
 
-    @property
+    @functools.cached_property
     def packing(self) -> str:
         """`struct` format of the parameter buffer, natural alignment."""
         return "".join(CODES.get(kind, "P") for _, kind in self.arguments) + "P" * SCRATCH_POINTERS

@@ -1,7 +1,8 @@
 """Bundles at run time: which were offered, which are in use on a device, and how a step of theirs is launched.
 
 `offer` only remembers a folder. The first GPU layer that looks for its kernel makes `on` verify and load what was offered; a
-bundle that is refused is named with the reason on the error stream, once. LOWBIT_BUNDLE=ignore leaves all bundles alone.
+bundle that is used, or refused with the reason, is named on the error stream, once. LOWBIT_BUNDLE=ignore leaves all bundles
+alone: they hold machine code, so trust a folder's origin as you would that of a library.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Deployed:
                 return found
         if layer not in self.absent:
             self.absent.add(layer)
-            what = f"{self.bundles[0].folder} has no program for {layer.policy} [{layer.n}, {layer.k}] on {layer.x} tokens"
+            shape = f"{layer.policy} [{layer.n}, {layer.k}], {layer.x} tokens, {layer.bias or 'no'} bias"
+            what = f"{self.bundles[-1].folder} has no program for {shape}"
             if not has_triton():
                 raise ValueError(f"{what} and triton is not installed; compile again with --dtype {layer.x}")
             say(f"{what}; Triton compiles it now")
@@ -105,6 +107,7 @@ def activate(index: int) -> Deployed | None:
             bundle = read(folder, 10 * major + minor)
             deployed = deployed or Deployed(index, driver())
             deployed.add(bundle)
+            say(f"{len(bundle.programs)} programs of {folder} run on {bundle.target}; Triton compiles none of them")
         except (Refused, CudaError) as reason:
             after = "Triton compiles the programs instead" if has_triton() else "triton is not installed: no GPU kernel runs"
             say(f"{folder} is refused: {reason}; {after}")

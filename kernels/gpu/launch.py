@@ -67,6 +67,6 @@ def device_refuses(spec: MatmulSpec) -> str | None:
         return "its tables have no AMD architecture"
     if torch.cuda.get_device_capability() < (8, 0):
         return "needs compute capability 8.0 or later"
-    if not deployed.has_triton() and deployed.on(torch.cuda.current_device()) is None:
+    if deployed.on(torch.cuda.current_device()) is None and not deployed.has_triton():
         return "triton is not installed and no deployment bundle fits this GPU"
     return None

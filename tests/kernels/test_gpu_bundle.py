@@ -1,6 +1,7 @@
 """Deployment bundles without a GPU: what is packed is what the machine code reads, a full load and launch through a stand-in
 for the driver, and every refusal."""
 
+import contextlib
 import ctypes
 import json
 import re
@@ -16,10 +17,14 @@ import torch
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 
 from quant.kernels.cpu.build import BuildError, compiler
-from quant.kernels.gpu import a8w4, bundle, deployed
+from quant.kernels.dispatch import MatmulSpec
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.gpu import a8w4, bundle, deployed, launch
 from quant.kernels.gpu.aot import compile_program
 from quant.kernels.gpu.cubin import parameters
 from quant.kernels.gpu.driver import CudaError, Driver
+from quant.kernels.gpu.layers import layer_of
 from quant.kernels.gpu.plan import Layer, plan_with
 from quant.kernels.gpu.program import run
 from quant.kernels.gpu.tiles import BUCKETS, Tile
@@ -132,12 +137,12 @@ def test_a_load_and_a_launch_through_the_driver(made, cuda, monkeypatch):
     }
     launched = []
 
-    def launch(step, values, m):
+    def recorded(step, values, m):
         launched.append((step, dict(values)))
         device.launch(step, values, m)
 
     cuda.cuda.forget()
-    run(PLAN, tensors, m, launch)
+    run(PLAN, tensors, m, recorded)
     log = [line for line in calls(cuda) if not line.startswith("cuCtxSetCurrent")]
     assert len(log) == 2 * len(PLAN.steps) == 6
     grids = [(m, 1, 1), (2, 5, 2), (5, 1, 1)]  # rows; 16 x 32 tiles in two parts; 4 x 256 tiles
@@ -268,8 +273,12 @@ def test_an_unrelated_folder_is_not_overwritten(tmp_path):
 
 @pytest.fixture
 def device(monkeypatch, cuda):
-    """A CUDA device 0 of compute capability 8.0 as far as `deployed` asks."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    """A CUDA device 0 of compute capability 8.0 as far as `deployed` and `launch` ask."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (8, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(deployed, "current_stream", lambda index: 0)
     monkeypatch.setattr(deployed, "driver", lambda: cuda)
     monkeypatch.setattr(deployed, "OFFERED", [])
     monkeypatch.setattr(deployed, "DEVICES", {})
@@ -281,13 +290,12 @@ def test_offered_bundles_are_used_or_refused_in_one_line(device, made, copied, c
     assert found is not None
     assert found is deployed.on(0)
     assert found.plan(LAYER, 3) == PLAN
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"lowbit: 3 programs of {made} run on sm_80; Triton compiles none of them\n"
     flip(copied)
     deployed.offer(copied.parent)
     found = deployed.on(0)
     assert [b.folder for b in found.bundles] == [made]
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
+    _, line = capsys.readouterr().err.splitlines()
     assert f"{copied} is refused" in line
     assert "SHA-256" in line
     assert "Triton compiles" in line
@@ -298,6 +306,43 @@ def test_offered_bundles_are_used_or_refused_in_one_line(device, made, copied, c
     monkeypatch.setattr(deployed, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="compile again with --dtype float32"):
         found.plan(replace(LAYER, x="float32"), 3)
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it is on CUDA device 0."""
+
+    is_cuda = True
+
+    def get_device(self) -> int:
+        return 0
+
+
+def test_the_operators_launch_from_the_bundle(device, made, cuda, monkeypatch):
+    """`launch.matmul`, which all operators call, takes the bundle's plan and the driver, and Triton only without them."""
+    tensors = {name: torch.zeros(4096) for name in ("weight", "words", "row_scale")}
+    x, bias = torch.zeros(17, K, dtype=torch.bfloat16).as_subclass(OnDevice), torch.zeros(N, dtype=torch.bfloat16)
+    with_triton: list[str] = []
+    monkeypatch.setattr(launch, "jit", lambda step, values, m: with_triton.append(step.program.name))
+    monkeypatch.setattr(launch, "plan", lambda *args: PLAN)
+    monkeypatch.setattr(launch, "device_facts", lambda index: (80, 108))
+    launch.matmul(LAYER, x, bias, tensors)
+    assert with_triton == ["quantize", "gemm", "combine"]
+    deployed.offer(made.parent)
+    y = launch.matmul(LAYER, x, bias, tensors)
+    assert y.shape == (17, N)
+    assert len(with_triton) == 3
+    assert sum(line.startswith("cuLaunchKernel") for line in calls(cuda)) == 3
+    launch.matmul(replace(LAYER, divisor=True), x, bias, tensors)
+    assert len(with_triton) == 6
+
+
+def test_a_bundle_stands_in_for_triton(device, made, monkeypatch):
+    spec = MatmulSpec(n=N, k=K, format=Int4Dual(group=GROUP), activation="int8_token", device="cuda")
+    monkeypatch.setattr(deployed, "has_triton", lambda: False)
+    assert launch.device_refuses(spec) == "triton is not installed and no deployment bundle fits this GPU"
+    deployed.offer(made.parent)
+    assert launch.device_refuses(spec) is None
+    assert a8w4.GpuA8W4().refuses(spec) is None
 
 
 def test_bundles_can_be_ignored(device, made, monkeypatch):
@@ -340,11 +385,6 @@ def test_triton_is_not_needed_at_run_time(made, library):
 
 
 def test_a_layer_is_found_for_every_kernel_without_a_gpu():
-    from quant.kernels.dispatch import MatmulSpec
-    from quant.kernels.formats.int4_dual import Int4Dual
-    from quant.kernels.formats.int_group import IntGroup
-    from quant.kernels.gpu.layers import layer_of
-
     def found(fmt, activation) -> Layer | str:
         spec = MatmulSpec(n=96, k=192, format=fmt, activation=activation, device="cuda")
         return layer_of(spec, torch.float16, torch.float16)
