@@ -22,7 +22,8 @@ from quant.kernels import dispatch
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.gpu import bundle, deployed, smoke
 from quant.kernels.gpu.layers import layer_of
-from quant.kernels.gpu.tiles import BUCKETS
+from quant.kernels.gpu.layout import POLICIES
+from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS
 from quant.kernels.reference import Reference
 from quant.linear import PackedLinear
 
@@ -139,6 +140,14 @@ def test_the_report_prints_the_shipped_counts(capsys):
     text = capsys.readouterr().out
     assert "no timings" in text
     assert "alu_per_weight" in text.replace("…", "") or "spills" in text
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_smoke_test_reaches_every_policy(arch):
+    """Every case has launches on every architecture, and together they use every weight policy."""
+    layers = [layer_of(case.spec("cuda"), torch.bfloat16, torch.bfloat16) for case in smoke.cases()]
+    assert {layer.policy for layer in layers} == set(POLICIES)
+    assert len(bundle.programs_of(bundle.launches(layers, arch))) > len(POLICIES)
 
 
 class Doubled(dispatch.Kernel):
