@@ -34,7 +34,9 @@ class PackedEmbedding(PackedLinear):
         return self.in_features
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        if ids.numel() == 0:
+            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.compute_dtype, device=ids.device)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(end) for end in ids.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise IndexError(f"token ids reach from {low} to {high}; this model has ids 0 to {self.num_embeddings - 1}")

@@ -90,15 +90,16 @@ def table_on_disk(folder: Path, fmt: Format, layer: str = TABLE, n: int = 320, k
 
 
 @pytest.mark.parametrize(
-    "fmt", [*(IntGroup(bits=b, group=48) for b in (2, 3, 4, 8)), IntGroup(bits=8, group=-1, symmetric=True)]
+    "fmt", [*(IntGroup(bits=b, group=32) for b in (2, 3, 4, 8)), IntGroup(bits=8, group=-1, symmetric=True)]
 )
 def test_rows_of_every_kernel_are_rows_of_the_weight(fmt: IntGroup) -> None:
-    n, k = 70, 144  # neither whole blocks of rows nor whole tiles of columns
+    n, k = 70, 160  # neither whole blocks of rows nor whole tiles of columns
     codes = fmt.nearest(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))
     rows = torch.tensor([69, 0, 31, 32, 33, 69])
     spec = MatmulSpec(n=n, k=k, format=fmt, activation="none", device="cpu")
-    serving = [kernel for kernel in load_all() if kernel.refuses(spec) is None]
-    assert "reference" in {kernel.name for kernel in serving}
+    # layouts for GPUs are made and read by torch on any device
+    serving = [kernel for kernel in load_all() if kernel.name == "gpu_wna16" or kernel.refuses(spec) is None]
+    assert len(serving) >= 2
     for kernel in serving:
         got = kernel.rows(kernel.prepare(fmt.pack(codes), spec), rows, spec)
         assert torch.equal(got.codes, codes.codes[rows]), kernel.name

@@ -118,6 +118,12 @@ def from_words(words: Tensor, n: int) -> Tensor:
     return words[: words.numel() - WIDEST].view(-1, n).t().to(torch.int64) & 0xFFFFFFFF
 
 
+def pick_rows(tensor: Tensor, n: int, rows: Tensor) -> Tensor:
+    """A weight or words of n rows -> those of `rows` int64 [M], a layout of its own."""
+    picked = tensor[: len(tensor) - WIDEST].view(-1, n, *tensor.shape[1:])[:, rows].flatten(0, 1)
+    return torch.cat((picked, picked.new_zeros(WIDEST, *tensor.shape[1:])))
+
+
 def spread_zero(zero: Tensor, bits: int) -> Tensor:
     """The zero point as the fields of one byte would hold it: 0x55 * z, 0x11 * z or z, for 2, 3 and 4, or 8 bits."""
     return zero * {2: 0x55, 3: 0x11, 4: 0x11, 8: 1}[bits]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
-from quant.kernels.format import Fields
+from quant.kernels.format import Codes, Fields
 from quant.kernels.formats.int_group import IntGroup, pack_bits, unpack_bits
 from quant.kernels.gpu import launch
 from quant.kernels.gpu.layout import (
@@ -28,6 +28,7 @@ from quant.kernels.gpu.layout import (
     from_words,
     group_of_run,
     pack_weight,
+    pick_rows,
     spread_zero,
     to_words,
     unpack_weight,
@@ -130,6 +131,13 @@ class GpuWnA16(Kernel):
     def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
         assert isinstance(spec.format, IntGroup)
         return from_device_layout(prepared, spec.format, spec.n, spec.k)
+
+    def rows(self, prepared: Prepared, rows: Tensor, spec: MatmulSpec) -> Codes:
+        assert isinstance(spec.format, IntGroup)
+        weight, words, row_scale = prepared
+        count = rows.shape[0]
+        picked = pick_rows(weight, spec.n, rows), pick_rows(words, spec.n, rows), row_scale[rows]
+        return spec.format.unpack(from_device_layout(picked, spec.format, count, spec.k), count, spec.k)
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         assert isinstance(spec.format, IntGroup)
