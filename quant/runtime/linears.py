@@ -120,5 +120,6 @@ def constants(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of what is not packed."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+    """The dtype of what is not packed; the scales of packed layers have dtypes of their own."""
+    plain = (module for module in model.modules() if not isinstance(module, PackedLinear))
+    return next(p.dtype for module in plain for p in module.parameters(recurse=False) if p.is_floating_point())
