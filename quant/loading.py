@@ -12,7 +12,6 @@ from quant.checkpoint import check_layers, read_config
 from quant.kernels.gpu import deployed
 from quant.models import index, model_class
 from quant.resources import usable_device
-from quant.siblings import link
 from quant.stacks import disk_names, unfilled
 
 
@@ -58,11 +57,9 @@ def load(
         if dtype == torch.float16 and torch.device(device or "cpu").type == "cpu":
             dtype = torch.bfloat16
     model = cls.from_pretrained(folder, dtype=dtype)
-    link(model)
     deployed.offer(folder)
     model = model.to(device).eval() if device is not None else model.eval()
     if model.device.type == "cpu":
-        own_attention(model)
         if compile is not False:
             from quant.runtime import compiled
 
@@ -70,20 +67,6 @@ def load(
     elif compile:
         raise ValueError(f"compile=True was given with device {device}; compiled graphs run on the CPU: drop one of the two")
     return model
-
-
-def own_attention(model: Any) -> None:
-    """Attention through our CPU kernels, where they are built; so eager and compiled generation compute the same."""
-    from quant.kernels.cpu import library
-
-    try:
-        library.load()
-    except library.Unavailable:
-        return
-    from quant.serve import attention
-
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
 
 
 def say(line: str) -> None:

@@ -104,8 +104,9 @@ def test_load_with_a_dtype(packed: Packed) -> None:
         model = quant.load(packed("dgq"), dtype=dtype, device="cpu")
         layer = model.model.layers[0].mlp.up_proj
         assert model.dtype == layer.weight.dtype == dtype
-        assert layer.row_scale.dtype == torch.float32
-    assert quant.load(packed("rtn"), dtype=torch.float32).model.layers[0].mlp.up_proj.weight_scale.dtype == torch.float16
+        assert layer.fields()["row_scale"].dtype == torch.float32
+    rtn = quant.load(packed("rtn"), dtype=torch.float32).model.layers[0].mlp.up_proj
+    assert rtn.fields()["weight_scale"].dtype == torch.float16
 
 
 def test_a_model_is_never_in_float16_on_a_cpu_unasked(tiny: ModuleType, packed: Packed, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, require_versi
 from quant.embedding import PackedEmbedding, install, packable, replace, size_of
 from quant.linear import PackedLinear
 from quant.models import read_header
+from quant.siblings import link
 from quant.stacks import disk_layers
 
 
@@ -76,11 +77,17 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         on_disk = names.get(replaced[0], replaced[0])
         setattr(model, "_keys_to_ignore_on_load_unexpected", {*ignored, rf"^{re.escape(on_disk)}\.weight$"})  # noqa: B010
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 module.require_valid(name)
                 module.requires_grad_(False)  # transformers has made the bias trainable
+        from quant.serve import attention  # imports model code, which may be half imported when this file is
+
+        link(model)
+        if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and attention.available():
+            attention.register()
+            model.set_attn_implementation(attention.NAME)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
