@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,14 @@ def packs_along_k(ttgir: str, swap: bool) -> bool:
     return True
 
 
+def variants(policy: str) -> Iterator[Variant]:
+    """The one that is searched comes first."""
+    known = POLICIES[policy]
+    for compute in ("int8",) if known.integer else ("fp16", "bf16", "fp32"):
+        for slice_, groups in known.blockings:
+            yield Variant(policy=policy, slice=slice_, groups=groups, compute=compute)
+
+
 def sample_layer(variant: Variant) -> Layer:
     """A layer of the size that the tables are made with."""
     x = next((dtype for dtype, compute in COMPUTE.items() if compute == variant.compute), "bfloat16")
@@ -144,12 +153,15 @@ def measure(arch: int, variant: Variant, tile: Tile) -> Row:
     return Row(arch=arch, variant=variant, tile=tile, shared_bytes=built.shared_bytes, counts=counts, along_k=along_k)
 
 
-def source_hash() -> str:
-    """Digest of everything that the counts depend on, the version of Triton apart."""
-    folder = Path(__file__).parent
+def source_hash(policy: str) -> str:
+    """Digest of all that the counts of a policy depend on, the version of Triton apart: the Triton sources, and the programs
+    that the plan makes of them."""
     digest = hashlib.sha256()
-    for path in (*sorted((folder / "jit").glob("*.py")), folder / "plan.py", folder / "layout.py"):
+    for path in sorted((Path(__file__).parent / "jit").glob("*.py")):
         digest.update(path.read_bytes())
+    tile = Tile(max_m=None, bm=16, bn=128, warps=4, stages=2, swap=False, on_sum=False)
+    for variant in variants(policy):
+        digest.update(repr(gemm_step(sample_layer(variant), tile, 1, "cuda").program).encode())
     return digest.hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from quant.kernels.gpu import model
-from quant.kernels.gpu.aot import Row, measure, source_hash
+from quant.kernels.gpu.aot import Row, measure, source_hash, variants
 from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.tiles import BUCKETS, Tile, Variant, read_table, table_path, tile_of
 
@@ -33,14 +33,6 @@ FLOAT32_ROUNDS: tuple[tuple[Shape, ...], ...] = (  # a rare guest
     ((16, 64, 2, 3, "x"),),
     ((16, 128, 8, 2, "x"), (16, 64, 8, 3, "x")),
 )
-
-
-def variants(policy: str) -> Iterator[Variant]:
-    """The one that is searched comes first."""
-    known = POLICIES[policy]
-    for compute in ("int8",) if known.integer else ("fp16", "bf16", "fp32"):
-        for slice_, groups in known.blockings:
-            yield Variant(policy=policy, slice=slice_, groups=groups, compute=compute)
 
 
 def rounds(variant: Variant, bucket: int | None) -> Iterator[list[Tile]]:
@@ -121,7 +113,7 @@ def update(arch: int, policies: Iterable[str] = tuple(POLICIES)) -> None:
     for policy in policies:
         rows = tables(arch, policy)
         known = {key: row for key, row in known.items() if key.split("/")[0] != policy} | rows
-        source[policy] = source_hash()
+        source[policy] = source_hash(policy)
         head = {"triton": triton.__version__, "device": model.DEVICES[arch].name, "source": dict(sorted(source.items()))}
         path.write_text(json.dumps(head | {"tiles": dict(sorted(known.items()))}, indent=1) + "\n")
         read_table.cache_clear()
