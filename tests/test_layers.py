@@ -124,6 +124,7 @@ print(sorted(above))
         "quant.recipe",
         "quant.rounding",
         "quant.search",
+        "quant.siblings",
         "quant.stats",
     }
     found = ast.literal_eval(done.stdout)
