@@ -44,7 +44,7 @@ class Recipe(Frozen):
     """passes: name -> options, in order. format: as Format.config. rules: the first that matches decides.
 
     head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
-    number of bits stands for int_group, with 8 bits symmetric and one scale a row, else in groups of 64.
+    number of bits stands for int_group in groups of 64, symmetric with 8 bits.
     """
 
     name: str
@@ -63,8 +63,7 @@ class Recipe(Frozen):
         """A number of bits as a format."""
         if type(value) is not int:
             return value
-        rows = value == 8
-        return {"name": "int_group", "bits": value, "group": -1 if rows else 64, "symmetric": rows}
+        return {"name": "int_group", "bits": value, "group": 64, "symmetric": value == 8}
 
     def build_passes(self) -> list[base.BasePass]:
         """The passes with their options checked."""

@@ -34,7 +34,7 @@ from quant.plan import make_plan
 from quant.recipe import load_recipe
 
 TABLE = "model.embed_tokens"
-HEADS = ["8", "4", "{name: int_group, bits: 3, group: 32}"]
+HEADS = ["8", "4", "{name: int_group, bits: 3, group: 32}", "{name: int_group, bits: 8, group: -1, symmetric: true}"]
 ROOT = Path(quant.__file__).parents[1]
 Made = Callable[..., Path]
 
@@ -313,13 +313,13 @@ def test_plan_and_inspect_say_so(made: Made, tiny: ModuleType, capfd: pytest.Cap
     capfd.readouterr()
     assert main([str(folder.parent / "float"), "--recipe", "rtn", "--plan", *sets]) == 0
     out = capfd.readouterr().out
-    assert "packed head and input embedding: 20,480 weights at 8.500 bits, 0.0 MB (21,760 bytes)" in out
+    assert "packed head and input embedding: 20,480 weights at 8.250 bits, 0.0 MB (21,120 bytes)" in out
     assert "model.embed_tokens" in out
     assert "for 22 layers" in out
     assert main(["inspect", str(folder)]) == 0
     out = capfd.readouterr().out
     assert "22 packed layers" in out
-    assert "packed head and input embedding at 8.500 bits per weight" in out
+    assert "packed head and input embedding at 8.250 bits per weight" in out
 
 
 @pytest.mark.parametrize(
