@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def load(
         if dtype == torch.float16 and torch.device(device or "cpu").type == "cpu":
             dtype = torch.bfloat16
     model = cls.from_pretrained(folder, dtype=dtype)
-    deployed.offer(folder)
+    if os.environ.get("LOWBIT_BUNDLE") == "use":  # machine code out of a checkpoint: only on the user's word
+        deployed.offer(folder)
     model = model.to(device).eval() if device is not None else model.eval()
     if model.device.type == "cpu":
         if compile is not False:

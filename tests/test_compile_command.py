@@ -81,8 +81,12 @@ def test_the_table_counts_what_is_in_the_folder(folder, output):
     assert "nothing was run or timed" in output
 
 
-def test_load_offers_the_bundle(folder, output, monkeypatch):
+def test_load_offers_the_bundle_only_when_told_to(folder, output, monkeypatch):
     monkeypatch.setattr(deployed, "OFFERED", [])
+    monkeypatch.delenv("LOWBIT_BUNDLE", raising=False)
+    quant.load(folder, compile=False)
+    assert not deployed.OFFERED
+    monkeypatch.setenv("LOWBIT_BUNDLE", "use")
     quant.load(folder, compile=False)
     assert [folder / bundle.FOLDER] == deployed.OFFERED
 

@@ -1,14 +1,13 @@
 """Bundles at run time: which were offered, which are in use on a device, and how a step of theirs is launched.
 
 `offer` only remembers a folder. The first GPU layer that looks for its kernel makes `on` verify and load what was offered; a
-bundle that is used, or refused with the reason, is named on the error stream, once. LOWBIT_BUNDLE=ignore leaves all bundles
-alone: they hold machine code, so trust a folder's origin as you would that of a library.
+bundle that is used, or refused with the reason, is named on the error stream, once. Bundles hold machine code and lie in
+checkpoint folders, so `quant.load` offers one only where LOWBIT_BUNDLE=use says that the folder's origin is trusted.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import struct
 import sys
 from collections.abc import Mapping
@@ -84,7 +83,7 @@ DEVICES: dict[int, Deployed | None] = {}
 def offer(folder: Path) -> None:
     """Use the bundle in `folder` (of `quantize`) on GPUs that it fits. No bundle there: nothing happens."""
     bundle = folder / FOLDER
-    if bundle.is_dir() and os.environ.get("LOWBIT_BUNDLE") != "ignore" and bundle not in OFFERED:
+    if bundle.is_dir() and bundle not in OFFERED:
         OFFERED.append(bundle)
         DEVICES.clear()
 

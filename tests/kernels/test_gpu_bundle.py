@@ -345,12 +345,6 @@ def test_a_bundle_stands_in_for_triton(device, made, monkeypatch):
     assert a8w4.GpuA8W4().refuses(spec) is None
 
 
-def test_bundles_can_be_ignored(device, made, monkeypatch):
-    monkeypatch.setenv("LOWBIT_BUNDLE", "ignore")
-    deployed.offer(made.parent)
-    assert deployed.on(0) is None
-
-
 WITHOUT_TRITON = """
 import importlib.util, sys
 find = importlib.util.find_spec
