@@ -134,7 +134,10 @@ def result_table(manifest: dict[str, Any], layers: int) -> Table:
 @click.option("--dtype", metavar="LIST", help="Dtypes of the tokens: float16, bfloat16, float32. The model's by default.")
 @click.option("--report", is_flag=True, help="Print the machine-code counts of the shipped launch tables instead.")
 def command(out: Path | None, target: str | None, output: Path | None, dtype: str | None, report: bool) -> None:
-    """Compile the GPU programs of a quantized folder for GPUs that are not here; LOWBIT_BUNDLE=use makes quant.load use them."""
+    """Compile the GPU programs of a quantized folder for GPUs that are not here.
+
+    quant.load uses them, without Triton, where LOWBIT_BUNDLE=use is set.
+    """
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if report:
         from quant.kernels.gpu import aot
@@ -177,8 +180,7 @@ def write_bundle(console: Console, out: Path, output: Path | None, targets: list
     console.print(result_table(manifest, len(layers)))
     console.print(f"{folder}: {CHECKED}")
     if folder == out / bundle.FOLDER:
-        console.print(
-            f'on such a GPU, with LOWBIT_BUNDLE=use: quant.load("{out}", device="cuda"); check it there: python -m quant.kernels.gpu.smoke'
-        )
+        console.print(f'on such a GPU, with LOWBIT_BUNDLE=use: quant.load("{out}", device="cuda")')
+        console.print("check it there: python -m quant.kernels.gpu.smoke")
     else:
         console.print(f"move it to {out / bundle.FOLDER}, where quant.load looks for it")
