@@ -45,7 +45,7 @@ class InputStats:
             size = here.abs()
             self.sample_absmax.append(size.amax(0))
             self.token_absmax.append(size.amax(1))
-            self.rows.append(here[:: -(-len(here) // ROWS_KEPT)])
+            self.rows.append(here[:: -(-len(here) // ROWS_KEPT)].clone())  # a view would keep all of `here`
             self.tokens += len(here)
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)

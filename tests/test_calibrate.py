@@ -182,6 +182,7 @@ def test_sums_are_those_of_real_tokens_in_float64(k: int) -> None:
     kept_rows = torch.cat(stats.rows)
     assert len(kept_rows) == 7 + 3 + 5 + 5 + 5  # at most eight of a sequence, evenly spread
     assert all((x == row).all(1).any() for row in kept_rows)
+    assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows in stats.rows)  # and nothing but those tokens
 
 
 def test_masks_are_found_by_length() -> None:

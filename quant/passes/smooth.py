@@ -92,12 +92,12 @@ def migration_factors(absmax: Tensor, columns: Tensor, strength: float) -> Tenso
 @torch.enable_grad()
 def learned_factors(view: BlockView, group: InputGroup, start: Tensor, steps: int = 60, rate: float = 0.05) -> Tensor:
     """r [K] after gradient descent from `start` on the expected error of `learn`."""
-    x = torch.cat(group.stats.rows).abs()
-    energy = x.square().sum(0)
+    rows = torch.cat(group.stats.rows)
+    x, energy = rows.abs(), rows.square().sum(0)
     layers = []
     for name in group.names:
         weight, (fmt, activation) = view.linear(name).weight.detach(), view.schemes[name]
-        signal = (torch.cat(group.stats.rows) @ weight.T).square().sum().clamp_min(1e-30)
+        signal = (rows @ weight.T).square().sum().clamp_min(1e-30)
         token_step = 0.0 if activation == "none" else 1 / 127
         size = getattr(fmt, "group", -1)
         by_group = (len(start) // size, size) if size > 0 else (1, len(start))
