@@ -21,6 +21,9 @@ from torch import Tensor
 
 from quant.eval.kernel_speed import label, random_fields, rotating
 from quant.kernels import dispatch
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Format
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -33,13 +36,13 @@ RIVAL = "torch bf16"
 Call = Callable[[], object]
 
 
-def formats() -> list[tuple[Format, str]]:
+def formats() -> list[tuple[Format, Activation]]:
     """What is timed: (format, activation rule)."""
-    problems: list[tuple[Format, str]] = [
-        (Int4Dual(group=128), "int8_token"),
-        (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
+    problems: list[tuple[Format, Activation]] = [
+        (Int4Dual(group=128), Int8Token()),
+        (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
     ]
-    return [*problems, *((IntGroup(bits=bits, group=128, symmetric=True), "none") for bits in (8, 4, 3, 2))]
+    return [*problems, *((IntGroup(bits=bits, group=128, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2))]
 
 
 def copies(tensors: tuple[Tensor, ...], cache_bytes: int) -> list[tuple[Tensor, ...]]:

@@ -28,6 +28,9 @@ from torch import Tensor
 
 from quant.eval.rivals import ggml
 from quant.kernels import dispatch
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes, Format
@@ -71,10 +74,10 @@ def rotating(function: Callable[..., object], weights: Sequence[tuple[Tensor, ..
 def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     """Name -> (call, bytes of weight it reads) of every C++ kernel that does not refuse."""
     x = torch.randn(m, k).bfloat16()
-    problems: list[tuple[Format, str]] = [
-        (Int4Dual(group=GROUP), "int8_token"),
-        (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
-        *((IntGroup(bits=bits, group=GROUP, symmetric=True), "none") for bits in (8, 4, 3, 2)),
+    problems: list[tuple[Format, Activation]] = [
+        (Int4Dual(group=GROUP), Int8Token()),
+        (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
+        *((IntGroup(bits=bits, group=GROUP, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
     ]
     out = {}
     for fmt, activation in problems:
@@ -92,12 +95,12 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     return out
 
 
-def label(fmt: Format, activation: str) -> str:
+def label(fmt: Format, activation: Activation) -> str:
     """A8W4, W8A8, W3A16 ... as kernels are called in papers."""
     if isinstance(fmt, Int4Dual):
         return "A8W4"
     assert isinstance(fmt, IntGroup)
-    return f"W{fmt.bits}A{16 if activation == 'none' else 8}"
+    return f"W{fmt.bits}A{16 if activation.name == 'none' else 8}"
 
 
 def placed(kernel: dispatch.Kernel, prepared: dispatch.Prepared) -> dispatch.Prepared:

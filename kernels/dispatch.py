@@ -16,7 +16,8 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from quant.kernels.format import Codes, Fields, Format
+from quant.kernels.activation import Activation
+from quant.kernels.format import Codes, Field, Fields, Format
 
 Prepared = tuple[Tensor, ...]
 
@@ -28,8 +29,12 @@ class MatmulSpec:
     n: int
     k: int
     format: Format
-    activation: str  # see kernels.activation.ACTIVATIONS
+    activation: Activation
     device: str  # torch device type: "cpu", "cuda"
+
+    def fields(self) -> dict[str, Field]:
+        """Name -> shape and dtype of every canonical tensor of such a layer."""
+        return {**self.format.fields(self.n, self.k), **self.activation.fields(self.k)}
 
 
 class Kernel(ABC):
@@ -57,7 +62,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
-        """x [M, K] float32, bfloat16 or float16, contiguous -> [M, N] in x's dtype; quantizes x itself if asked to."""
+        """x [M, K] float32, bfloat16 or float16, contiguous, rotated before -> [M, N] in its dtype; rounds x if asked to."""
 
     def join(self, prepared: Sequence[Prepared]) -> tuple[Prepared, list[Prepared]] | None:
         """Layers of one K and format as one weight in its final place, and each layer's part of it, sharing memory.

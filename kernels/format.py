@@ -72,16 +72,7 @@ class Format(ABC):
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         """Raise ValueError, naming the first stored tensor whose presence, shape, dtype or range is wrong."""
-        for name, (shape, kind) in self.fields(n, k).items():
-            if name not in fields:
-                raise ValueError(f"{name} is missing; {self.name} stores {sorted(self.fields(n, k))}")
-            given = fields[name]
-            if tuple(given.shape) != shape or given.dtype != kind:
-                raise ValueError(
-                    f"{name} is {given.dtype} {tuple(given.shape)}; {self.name} needs {kind} {shape} for a [{n}, {k}] weight"
-                )
-            if given.is_floating_point() and not given.isfinite().all():
-                raise ValueError(f"{name} holds a NaN or an infinity; the checkpoint is damaged, quantize again")
+        check_fields(self.name, self.fields(n, k), fields, n, k)
 
     def stored_bytes(self, n: int, k: int) -> int:
         """Bytes of all fields of one [n, k] weight."""
@@ -100,6 +91,20 @@ class Format(ABC):
     def config(self) -> dict[str, Any]:
         """Plain values from which `from_config` makes an equal object."""
         return {"name": self.name, **asdict(self)}
+
+
+def check_fields(owner: str, wanted: Mapping[str, Field], given: Mapping[str, Tensor], n: int, k: int) -> None:
+    """Raise ValueError, naming the first tensor that `owner` stores and that is missing, misshapen, or not finite."""
+    for name, (shape, kind) in wanted.items():
+        if name not in given:
+            raise ValueError(f"{name} is missing; {owner} stores {sorted(wanted)}")
+        tensor = given[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != kind:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {owner} needs {kind} {shape} for a [{n}, {k}] weight"
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds a NaN or an infinity; the checkpoint is damaged, quantize again")
 
 
 FORMATS: dict[str, type[Format]] = {}

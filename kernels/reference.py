@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from quant.kernels.activation import fake_quantize
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 
@@ -23,13 +22,14 @@ class Reference(Kernel):
         return None
 
     def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
-        return tuple(fields[name] for name in spec.format.fields(spec.n, spec.k))
+        return tuple(fields[name] for name in spec.fields())
 
     def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
-        return dict(zip(spec.format.fields(spec.n, spec.k), prepared, strict=True))
+        return dict(zip(spec.fields(), prepared, strict=True))
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         fmt = spec.format
-        weight = fmt.dequantize(fmt.unpack(self.restore(prepared, spec), spec.n, spec.k))
-        y = nn.functional.linear(fake_quantize(x, spec.activation), weight, None if bias is None else bias.float())
+        fields = self.restore(prepared, spec)
+        weight = fmt.dequantize(fmt.unpack(fields, spec.n, spec.k))
+        y = nn.functional.linear(spec.activation.quantize(x, fields), weight, None if bias is None else bias.float())
         return y.to(x.dtype)

@@ -53,7 +53,7 @@ def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
         megabytes=totals["weight_files_bytes"] / 1e6,
         source_megabytes=totals["source_weights_bytes"] / 1e6,
         kept=", ".join(totals["kept_in_float"]) or "only what is not a linear layer",
-        activation=plan.recipe.activation,
+        activation=plan.recipe.activation_of(None),
         calibration=report["calibration"],
         error=sum(layer["error"] for layer in layers) / len(layers),
         rtn_error=sum(layer["rtn_error"] for layer in layers) / len(layers),

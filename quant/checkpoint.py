@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from quant.embedding import packable, size_of
+from quant.kernels import activation
+from quant.kernels.activation import Activation
 from quant.kernels.format import Format, from_config
 from quant.models import DTYPES, Entry, entry_bytes, read_json
 from quant.stacks import PACKED, match_names
@@ -135,7 +137,7 @@ def rules_for(layers: Mapping[str, Target]) -> list[dict[str, Any]]:
         by_pattern.setdefault(pattern, {})[name] = target
     exact, general = [], []
     for pattern, members in by_pattern.items():
-        schemes = [{"format": t.format.config(), "activation": t.activation} for t in members.values()]
+        schemes = [{"format": t.format.config(), "activation": t.activation.config()} for t in members.values()]
         if all(scheme == schemes[0] for scheme in schemes):
             general.append({"match": pattern, **schemes[0]})
         else:
@@ -144,7 +146,7 @@ def rules_for(layers: Mapping[str, Target]) -> list[dict[str, Any]]:
     # a `*` also spans dots, so a pattern may reach into a neighbour; then that neighbour is named first
     config = {"rules": rules}
     wrong = [name for name, t in layers.items() if scheme_of(config, name) != (t.format, t.activation)]
-    named = [{"match": n, "format": layers[n].format.config(), "activation": layers[n].activation} for n in wrong]
+    named = [{"match": n, "format": layers[n].format.config(), "activation": layers[n].activation.config()} for n in wrong]
     return named + rules
 
 
@@ -153,13 +155,13 @@ def quantization_config(layers: Mapping[str, Target], kept: Sequence[str]) -> di
     return {"quant_method": METHOD, "version": VERSION, "float": list(kept), "rules": rules_for(layers)}
 
 
-def scheme_of(config: Mapping[str, Any], name: str) -> tuple[Format, str] | None:
+def scheme_of(config: Mapping[str, Any], name: str) -> tuple[Format, Activation] | None:
     """Format and activation of the layer with that name on disk; None: it is a float layer."""
     if name in config.get("float", ()):
         return None
     for rule in config["rules"]:
         if fnmatchcase(name, rule["match"]):
-            return from_config(rule["format"]), str(rule["activation"])
+            return from_config(rule["format"]), activation.from_config(rule["activation"])
     return None
 
 
@@ -203,8 +205,8 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
         scheme = scheme_of(section, name)
         if scheme is None:
             continue
-        fmt = scheme[0]
-        for field, (shape, dtype) in fmt.fields(n, k).items():
+        fmt, rule = scheme
+        for field, (shape, dtype) in {**fmt.fields(n, k), **rule.fields(k)}.items():
             entry = tensors.get(f"{name}.{field}")
             if entry is None:
                 raise ValueError(f"{name}.{field} is missing from the checkpoint; copy it again or quantize again")

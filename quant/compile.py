@@ -19,6 +19,7 @@ from quant.calibrate import Chain, Sample, advance, capture, catch
 from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
 from quant.kernels.format import Codes, Fields
+from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
 from quant.models import Weights
 from quant.passes.base import BasePass, Corrector, Quantizer, Transform
@@ -34,7 +35,7 @@ class LayerReport:
 
     name: str
     format: dict[str, Any]
-    activation: str
+    activation: str | dict[str, Any]
     bits_per_weight: float
     error: float
     rtn_error: float
@@ -154,10 +155,9 @@ def run_block(
     layers: list[LayerReport] = []
     fields: Fields = {}
     for group in groups:
-        for members in same_format(group, targets):
-            for target, codes, report in quantize_members(view, group, members, passes):
+        for members in same_scheme(group, targets):
+            for target, packed, report in quantize_members(view, group, members, passes):
                 layers.append(report)
-                packed = target.format.pack(codes)
                 install(block, target, packed, name)
                 disk = plan.layer_on_disk(target.name)
                 fields |= {f"{disk}.{key}": value.cpu() for key, value in packed.items()}
@@ -170,16 +170,18 @@ def run_block(
 
 def quantize_members(
     view: BlockView, group: InputGroup, members: list[Target], passes: list[BasePass]
-) -> list[tuple[Target, Codes, LayerReport]]:
-    """Quantize the layers of one input group that share a format, as one tall matrix: rows do not depend on each other."""
-    fmt, stats = members[0].format, group.stats
-    weight = torch.cat([view.linear(t.name).weight for t in members])
+) -> list[tuple[Target, Fields, LayerReport]]:
+    """Quantize the layers of one input group that share a scheme, as one tall matrix: rows do not depend on each other."""
+    fmt, activation = members[0].format, members[0].activation
+    stats = group.stats.rotated(activation.rotate)
+    weight = by_matrix(torch.cat([view.linear(t.name).weight for t in members]), activation.rotate)
     aim = weight
     for step in passes:
         if isinstance(step, Corrector):
             aim = step.correct(aim, stats)
     (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
     codes = quantizer.quantize(aim, stats, fmt)
+    inputs = activation.fit(torch.cat(stats.rows), stats.absmax)
     lost, lost_rtn = aim - fmt.dequantize(codes), aim - fmt.dequantize(fmt.nearest(aim))
     out = []
     at = 0
@@ -191,7 +193,7 @@ def quantize_members(
         report = LayerReport(
             target.name,
             fmt.config(),
-            target.activation,
+            target.activation.config(),
             fmt.bits_per_weight(target.n, target.k),
             error,
             rtn_error,
@@ -200,15 +202,15 @@ def quantize_members(
             target.note,
         )
         mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
-        out.append((target, mine, report))
+        out.append((target, fmt.pack(mine) | inputs, report))
     return out
 
 
-def same_format(group: InputGroup, targets: dict[str, Target]) -> list[list[Target]]:
-    """The group's targets, split where formats differ."""
+def same_scheme(group: InputGroup, targets: dict[str, Target]) -> list[list[Target]]:
+    """The group's targets, split where formats or activation rules differ."""
     found: dict[Any, list[Target]] = {}
     for name in group.names:
-        found.setdefault(targets[name].format, []).append(targets[name])
+        found.setdefault((targets[name].format, targets[name].activation), []).append(targets[name])
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.activation import Activation
 from quant.kernels.format import Format
 from quant.stats import InputStats
 
@@ -43,7 +44,7 @@ class BlockView:
     groups: list[InputGroup]
     run: Callable[[], Tensor]
     stored_dtype: Callable[[str], torch.dtype]
-    schemes: Mapping[str, tuple[Format, str]]
+    schemes: Mapping[str, tuple[Format, Activation]]
     changed: set[str] = field(default_factory=set)
 
     @cached_property

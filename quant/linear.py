@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.activation import Activation
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, choose
-from quant.kernels.format import Fields, Format
+from quant.kernels.format import Field, Fields, Format, check_fields
+from quant.kernels.rotation import by_matrix
 
 if TYPE_CHECKING:
     from quant.siblings import Siblings
 
 
 class PackedLinear(nn.Module):
-    """y = quantize(x) @ dequantize(weight)^T + bias, the weight packed.
+    """y = quantize(rotate(x)) @ dequantize(weight)^T + bias, the weight packed.
 
-    The format's tensors are buffers under their own names until the first forward, which chooses a kernel and hands them
-    over ("bind"): from then on only the kernel's layout is in memory. (Not parameters, because a model's dtype is that of
-    its first float parameter.) The state dict always holds the canonical bytes. Integer codes and scales keep their dtype
-    under `.to(dtype)`; the bias follows it.
+    The tensors of the format and of the activation rule are buffers under their own names until the first forward, which
+    chooses a kernel and hands them over ("bind"): from then on only the kernel's layout is in memory. (Not parameters,
+    because a model's dtype is that of its first float parameter.) The state dict always holds the canonical bytes. Integer
+    codes and scales keep their dtype under `.to(dtype)`; the bias follows it.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class PackedLinear(nn.Module):
         in_features: int,
         out_features: int,
         fmt: Format,
-        activation: str,
+        activation: Activation,
         *,
         bias: bool,
         device: torch.device | str | None = None,
@@ -39,7 +41,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.format, self.activation = fmt, activation
         self.compute_dtype = dtype or torch.get_default_dtype()
-        for name, (shape, kind) in fmt.fields(out_features, in_features).items():
+        for name, (shape, kind) in self.stored().items():
             self._store(name, torch.empty(shape, dtype=kind, device=device))
         empty = torch.empty(out_features, dtype=self.compute_dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
@@ -52,10 +54,10 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_fields(
-        cls, fields: Mapping[str, Tensor], fmt: Format, activation: str, n: int, k: int, bias: Tensor | None
+        cls, fields: Mapping[str, Tensor], fmt: Format, activation: Activation, n: int, k: int, bias: Tensor | None
     ) -> PackedLinear:
-        """A packed layer [n, k] around existing tensors; raises ValueError when they do not fit the format."""
-        fmt.check(fields, n, k)
+        """A packed layer [n, k] around existing tensors; raises ValueError when they do not fit."""
+        check(fields, fmt, activation, n, k)
         layer = cls(k, n, fmt, activation, bias=bias is not None, device="meta", dtype=None if bias is None else bias.dtype)
         for name, value in fields.items():
             layer._store(name, value)
@@ -71,7 +73,7 @@ class PackedLinear(nn.Module):
             return shared.view(*x.shape[:-1], self.out_features)
         if not self._placed and self.siblings is None and not torch.compiler.is_compiling():
             join([self])
-        flat = x.reshape(-1, self.in_features)
+        flat = self.activation.rotated(x.reshape(-1, self.in_features))
         y = self.kernel.matmul(flat.contiguous(), self._prepared, self.bias, self._spec)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -80,7 +82,11 @@ class PackedLinear(nn.Module):
         if self.kernel is not None:
             assert self._spec is not None
             return self.kernel.restore(self._prepared, self._spec)
-        return {name: getattr(self, name).data for name in self._field_names()}
+        return {name: getattr(self, name).data for name in self.stored()}
+
+    def stored(self) -> dict[str, Field]:
+        """Name -> shape and dtype of the canonical tensors."""
+        return {**self.format.fields(self.out_features, self.in_features), **self.activation.fields(self.in_features)}
 
     def require_valid(self, name: str) -> None:
         """Raise ValueError, naming the tensor, if a value lies outside what the format allows. `name`: the layer's."""
@@ -88,14 +94,14 @@ class PackedLinear(nn.Module):
         if fields["weight_packed"].device.type == "meta":
             return
         try:
-            self.format.check(fields, self.out_features, self.in_features)
+            check(fields, self.format, self.activation, self.out_features, self.in_features)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
 
     def bind(self) -> None:
         """Choose the kernel for the device the tensors are on and change to its layout. Checks ranges first."""
         fields = self.fields()
-        self.format.check(fields, self.out_features, self.in_features)
+        check(fields, self.format, self.activation, self.out_features, self.in_features)
         device = fields["weight_packed"].device.type
         spec = MatmulSpec(
             n=self.out_features, k=self.in_features, format=self.format, activation=self.activation, device=device
@@ -133,7 +139,7 @@ class PackedLinear(nn.Module):
         """The dequantized [N, K] weight in the compute dtype; made anew at each access."""
         fields = self.fields()
         codes = self.format.unpack(fields, self.out_features, self.in_features)
-        return self.format.dequantize(codes).to(self.compute_dtype)
+        return by_matrix(self.format.dequantize(codes), self.activation.rotate).to(self.compute_dtype)
 
     def extra_repr(self) -> str:
         kernel = self.kernel.name if self.kernel else "unbound"
@@ -143,13 +149,10 @@ class PackedLinear(nn.Module):
         """Set one of the format's tensors; None: the kernel holds it now."""
         self.register_buffer(name, value)
 
-    def _field_names(self) -> list[str]:
-        return list(self.format.fields(self.out_features, self.in_features))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         self.unbind()
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        for name in self._field_names():
+        for name in self.stored():
             old = getattr(self, name).data
             new = fn(old)
             self._store(name, new if new.dtype == old.dtype else old.to(new.device))
@@ -166,6 +169,12 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unbind()
         super()._load_from_state_dict(*args)
+
+
+def check(fields: Mapping[str, Tensor], fmt: Format, activation: Activation, n: int, k: int) -> None:
+    """Raise ValueError, naming the first tensor of a packed layer [n, k] that does not fit its format or activation rule."""
+    fmt.check(fields, n, k)
+    check_fields(activation.name, activation.fields(k), fields, n, k)
 
 
 def join(layers: Sequence[PackedLinear]) -> Prepared | None:

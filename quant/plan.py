@@ -71,7 +71,7 @@ class Plan:
                 out.append(Piece(name, entry.dtype, entry.shape, made.get(name, entry)))
                 continue
             layer = name.removesuffix(".weight")
-            for key, (shape, dtype) in target.format.fields(target.n, target.k).items():
+            for key, (shape, dtype) in target.fields().items():
                 out.append(Piece(f"{layer}.{key}", dtype, shape, made.get(f"{layer}.{key}")))
         return out
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from quant.kernels.activation import ACTIVATIONS
+from quant.kernels import activation as activations
 from quant.kernels.format import Format, from_config
 from quant.passes import base
 
@@ -37,11 +37,11 @@ class Rule(Frozen):
     match: str
     skip: bool = False
     format: dict[str, Any] = {}
-    activation: str | None = None
+    activation: str | dict[str, Any] | None = None
 
 
 class Recipe(Frozen):
-    """passes: name -> options, in order. format: as Format.config. rules: the first that matches decides.
+    """passes: name -> options, in order. format, activation: as their `config`. rules: the first that matches decides.
 
     head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
     number of bits stands for int_group in groups of 64, symmetric with 8 bits.
@@ -50,7 +50,7 @@ class Recipe(Frozen):
     name: str
     description: str
     format: dict[str, Any]
-    activation: str
+    activation: str | dict[str, Any]
     passes: tuple[dict[str, dict[str, Any] | None], ...]
     rules: tuple[Rule, ...] = ()
     head: dict[str, Any] | None = None
@@ -87,6 +87,10 @@ class Recipe(Frozen):
     def base_format(self) -> Format:
         """The format that layers without a rule get."""
         return from_config(self.format)
+
+    def activation_of(self, rule: Rule | None) -> activations.Activation:
+        """The activation rule of layers that `rule` decides, None being those without a rule."""
+        return activations.from_config(self.activation if rule is None or rule.activation is None else rule.activation)
 
     def head_format(self) -> Format | None:
         """The format of the output head; None leaves it in float."""
@@ -153,10 +157,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(values, override)
     recipe = checked(Recipe, values, f"recipe {path.stem}")
-    for activation in (recipe.activation, *(rule.activation for rule in recipe.rules)):
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; {nearest(activation, ACTIVATIONS)}")
-    recipe.base_format(), recipe.head_format(), recipe.quantizer()
+    for rule in recipe.rules:
+        recipe.activation_of(rule)
+    recipe.activation_of(None), recipe.base_format(), recipe.head_format(), recipe.quantizer()
     return recipe
 
 
@@ -181,6 +184,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"recipe {values.get('name')} has no key {top!r}; {nearest(top, [*Recipe.model_fields, *passes])}")
     scope: Any = values
     for part in path:
+        if part == "activation" and isinstance(scope.get(part), str):  # a name alone stands for a rule with its defaults
+            scope[part] = {"name": scope[part]}
         scope = scope.setdefault(part, {})
         if not isinstance(scope, dict):
             raise ValueError(f"--set {override!r}: {part} has no keys of its own; set {part} as a whole")

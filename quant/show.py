@@ -30,7 +30,7 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
     for t in plan.packed.values():
         fmt = " ".join(f"{v}" if k == "name" else f"{k}={v}" for k, v in t.format.config().items())
         size = f"{t.format.bits_per_weight(t.n, t.k):.3f} bits"
-        row = (pattern_of(t.name), f"[{t.n}, {t.k}]", fmt, t.activation, size, t.note)
+        row = (pattern_of(t.name), f"[{t.n}, {t.k}]", fmt, str(t.activation), size, t.note)
         rows[row] = rows.get(row, 0) + 1
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells, count in rows.items():

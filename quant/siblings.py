@@ -85,7 +85,7 @@ class Siblings:
             self.specs = [layer.bound()[2] for layer in self.layers]
             self.biases = [layer.bias for layer in self.layers]
         self.remember(x)
-        flat = x.reshape(-1, self.specs[0].k).contiguous()
+        flat = self.specs[0].activation.rotated(x.reshape(-1, self.specs[0].k)).contiguous()
         self.outputs = list(kernel.matmul_joined(flat, self.joined, self.biases, self.specs))
 
     def part(self) -> None:

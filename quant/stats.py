@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quant.kernels.rotation import by_matrix, rotate_gram
+
 GRAM_BLOCK = 384
 ROWS_KEPT = 8  # tokens per sequence that are kept as they are
 
@@ -79,6 +81,15 @@ class InputStats:
             self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
         self.sample_absmax = [a / r for a in self.sample_absmax]
         self.rows = [x / r for x in self.rows]
+
+    def rotated(self, size: int) -> InputStats:
+        """What would have been seen of tokens rotated in blocks of `size`; channel maxima are those of the kept rows."""
+        if not size:
+            return self
+        rows = [by_matrix(x, size) for x in self.rows]
+        drift = None if self.drift is None else rotate_gram(self.drift, size)
+        maxima = [x.abs().amax(0) for x in rows]
+        return InputStats(rotate_gram(self.gram, size), drift, maxima, self.token_absmax, rows, self.tokens)
 
     def require_finite(self, names: list[str]) -> None:
         """Raise ValueError naming the layers whose inputs held a NaN or an infinity, or that saw no token at all."""

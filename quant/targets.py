@@ -10,7 +10,10 @@ from typing import Any
 from torch import nn
 
 from quant.embedding import Head, find_head
-from quant.kernels.format import Format, fit_group, from_config
+from quant.kernels.activation import Activation
+from quant.kernels.activations.none import Unquantized
+from quant.kernels.format import Field, Format, fit_group, from_config
+from quant.kernels.rotation import largest_block
 from quant.passes.base import Quantizer
 from quant.recipe import Recipe, Rule
 from quant.stacks import Stack
@@ -27,8 +30,12 @@ class Target:
     k: int
     bias: bool
     format: Format
-    activation: str
+    activation: Activation
     note: str = ""
+
+    def fields(self) -> dict[str, Field]:
+        """Name -> shape and dtype of every stored tensor."""
+        return {**self.format.fields(self.n, self.k), **self.activation.fields(self.k)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
         if rule is not None and rule.skip:
             kept[name] = f"rule {rule.match!r}"
             continue
-        targets[name] = target_for(name, module, base, recipe.activation, rule, quantizer)
+        targets[name] = target_for(name, module, base, recipe.activation_of(rule), rule, quantizer)
     for i, rule in enumerate(recipe.rules):
         if i not in used:
             known = ", ".join(list(targets)[:3])
@@ -91,7 +98,7 @@ def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
     reason = fmt.refuses(n, k)
     if reason:
         raise ValueError(f"{head.table} cannot be packed: {reason}; give another head, or null")
-    return Target(head.table, n, k, linear.bias is not None, fmt, "none", note)
+    return Target(head.table, n, k, linear.bias is not None, fmt, Unquantized(), note)
 
 
 def fitted(name: str, fmt: Format, k: int, advice: str) -> tuple[Format, str]:
@@ -105,7 +112,9 @@ def fitted(name: str, fmt: Format, k: int, advice: str) -> tuple[Format, str]:
     return replace(fmt, group=group), f"group {group}: {asked} does not divide K = {k}"  # type: ignore[call-arg]
 
 
-def target_for(name: str, module: nn.Linear, base: Format, activation: str, rule: Rule | None, quantizer: Quantizer) -> Target:
+def target_for(
+    name: str, module: nn.Linear, base: Format, activation: Activation, rule: Rule | None, quantizer: Quantizer
+) -> Target:
     """The scheme of one linear, its group fitted to K."""
     n, k = module.out_features, module.in_features
     fmt = base
@@ -117,8 +126,13 @@ def target_for(name: str, module: nn.Linear, base: Format, activation: str, rule
     reason = fmt.refuses(n, k) or quantizer.refuses(fmt)
     if reason:
         raise ValueError(f"{name} cannot be quantized: {reason}")
-    act = activation if rule is None or rule.activation is None else rule.activation
-    return Target(name, n, k, module.bias is not None, fmt, act, note)
+    block = largest_block(activation.rotate, k)
+    if block != activation.rotate:
+        note = "; ".join(filter(None, [note, f"rotated in blocks of {block}: {activation.rotate} does not divide K = {k}"]))
+        activation = replace(activation, rotate=block if block > 1 else 0)
+    if reason := activation.refuses(k):
+        raise ValueError(f"{name} cannot be quantized: {reason}")
+    return Target(name, n, k, module.bias is not None, fmt, activation, note)
 
 
 def require_fused(targets: dict[str, Target], kept: Iterable[str]) -> None:

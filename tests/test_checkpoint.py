@@ -26,6 +26,8 @@ from quant.checkpoint import (
     shards,
     write,
 )
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.models import read_header
@@ -113,7 +115,9 @@ def layers(draw: random.Random, names: Sequence[str]) -> tuple[dict[str, Target]
             kept.append(name)
             continue
         fmt = usual if draw.random() < 0.8 else draw.choice(FORMATS)
-        found[name] = Target(name, 64, 64, False, fmt, draw.choice(("none", "int8_token")) if draw.random() < 0.1 else "none")
+        found[name] = Target(
+            name, 64, 64, False, fmt, draw.choice((Unquantized(), Int8Token())) if draw.random() < 0.1 else Unquantized()
+        )
     return found, kept
 
 
@@ -133,7 +137,7 @@ def test_rules_give_back_every_scheme(seed: int) -> None:
 
 def test_equal_layers_share_one_rule() -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(40)]
-    targets = {name: Target(name, 64, 64, False, FORMATS[0], "none") for name in names}
+    targets = {name: Target(name, 64, 64, False, FORMATS[0], Unquantized()) for name in names}
     assert [rule["match"] for rule in quantization_config(targets, [])["rules"]] == ["model.layers.*.mlp.up_proj"]
 
 
@@ -149,7 +153,7 @@ def test_check_layers_follows_renamed_models(tmp_path: Path) -> None:
     fmt = FORMATS[0]
     fields = fmt.pack(fmt.nearest(torch.randn(32, 64)))
     stored = {f"up_proj.{name}": value for name, value in fields.items()} | {"head.weight": torch.randn(8, 64)}
-    section = quantization_config({"up_proj": Target("model.up_proj", 32, 64, True, fmt, "none")}, [])
+    section = quantization_config({"up_proj": Target("model.up_proj", 32, 64, True, fmt, Unquantized())}, [])
     save_file(stored, tmp_path / "all")
     assert check_layers(section, read_header(tmp_path / "all"), model) == {"model.up_proj"}
     for name in fields:

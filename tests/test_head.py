@@ -25,6 +25,7 @@ from quant.api import compile_folder
 from quant.cli import main
 from quant.embedding import PackedEmbedding, TiedHead, fill_table, find_head, pack_table
 from quant.eval.perplexity import Scorer
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, load_all
 from quant.kernels.format import Format
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -96,7 +97,7 @@ def test_rows_of_every_kernel_are_rows_of_the_weight(fmt: IntGroup) -> None:
     n, k = 70, 160  # neither whole blocks of rows nor whole tiles of columns
     codes = fmt.nearest(torch.randn(n, k, generator=torch.Generator().manual_seed(0)))
     rows = torch.tensor([69, 0, 31, 32, 33, 69])
-    spec = MatmulSpec(n=n, k=k, format=fmt, activation="none", device="cpu")
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cpu")
     # layouts for GPUs are made and read by torch on any device
     serving = [kernel for kernel in load_all() if kernel.name == "gpu_wna16" or kernel.refuses(spec) is None]
     assert len(serving) >= 2

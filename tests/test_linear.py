@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.activation import fake_quantize
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.format import Format
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
@@ -18,14 +20,14 @@ from quant.linear import PackedLinear
 
 N, K = 48, 64
 SCHEMES = [
-    (IntGroup(bits=4, group=32), "none"),
-    (IntGroup(bits=3, group=64), "none"),
-    (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
-    (Int4Dual(group=32), "int8_token"),
+    (IntGroup(bits=4, group=32), Unquantized()),
+    (IntGroup(bits=3, group=64), Unquantized()),
+    (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
+    (Int4Dual(group=32), Int8Token()),
 ]
 
 
-def make(fmt: Format, activation: str, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
+def make(fmt: Format, activation: Activation, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
     torch.manual_seed(0)
     packed = fmt.pack(fmt.nearest(torch.randn(N, K)))
     return PackedLinear.from_fields(packed, fmt, activation, N, K, torch.randn(N).to(dtype) if bias else None)
@@ -43,10 +45,10 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize(("fmt", "activation"), SCHEMES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_definition(fmt: Format, activation: str, bias: bool) -> None:
+def test_forward_is_the_definition(fmt: Format, activation: Activation, bias: bool) -> None:
     layer = make(fmt, activation, bias)
     x = torch.randn(2, 5, K)
-    want = nn.functional.linear(fake_quantize(x, activation), layer.weight, layer.bias)
+    want = nn.functional.linear(activation.quantize(x, {}), layer.weight, layer.bias)
     got = layer(x)
     assert got.shape == (2, 5, N)
     assert got.dtype == x.dtype
@@ -56,7 +58,7 @@ def test_forward_is_the_definition(fmt: Format, activation: str, bias: bool) -> 
 
 
 @pytest.mark.parametrize(("fmt", "activation"), SCHEMES, ids=str)
-def test_state_dict_is_canonical_bound_and_unbound(fmt: Format, activation: str) -> None:
+def test_state_dict_is_canonical_bound_and_unbound(fmt: Format, activation: Activation) -> None:
     layer = make(fmt, activation)
     fields = dict(layer.fields())
     before = canonical(layer)
@@ -76,7 +78,7 @@ def test_state_dict_is_canonical_bound_and_unbound(fmt: Format, activation: str)
 
 @pytest.mark.parametrize(("fmt", "activation"), SCHEMES, ids=str)
 @pytest.mark.parametrize("bound", [True, False])
-def test_casts_move_the_bias_and_nothing_else(fmt: Format, activation: str, bound: bool) -> None:
+def test_casts_move_the_bias_and_nothing_else(fmt: Format, activation: Activation, bound: bool) -> None:
     for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu")):
         layer = make(fmt, activation)
         before = canonical(layer)
@@ -91,7 +93,7 @@ def test_casts_move_the_bias_and_nothing_else(fmt: Format, activation: str, boun
     layer = make(fmt, activation, bias=False).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     x = torch.randn(4, K).bfloat16()
-    want = nn.functional.linear(fake_quantize(x, activation), make(fmt, activation).weight)
+    want = nn.functional.linear(activation.quantize(x, {}), make(fmt, activation).weight)
     got = layer(x)
     assert got.dtype == torch.bfloat16
     assert torch.allclose(got.float(), want, atol=0.02 * float(want.abs().max()))
@@ -99,7 +101,7 @@ def test_casts_move_the_bias_and_nothing_else(fmt: Format, activation: str, boun
 
 @pytest.mark.parametrize(("fmt", "activation"), SCHEMES, ids=str)
 @pytest.mark.parametrize("bound", [True, False])
-def test_copies_are_whole_and_independent(fmt: Format, activation: str, bound: bool) -> None:
+def test_copies_are_whole_and_independent(fmt: Format, activation: Activation, bound: bool) -> None:
     layer, x = make(fmt, activation), torch.randn(3, K)
     before, y = canonical(layer), layer(x)
     if not bound:
@@ -117,8 +119,8 @@ def test_copies_are_whole_and_independent(fmt: Format, activation: str, bound: b
 @pytest.mark.parametrize(("given", "taking"), list(itertools.product([True, False], repeat=2)))
 def test_load_state_dict(given: bool, taking: bool) -> None:
     fmt, x = Int4Dual(group=32), torch.randn(3, K)
-    source = make(fmt, "int8_token")
-    target = PackedLinear(K, N, fmt, "int8_token", bias=True)
+    source = make(fmt, Int8Token())
+    target = PackedLinear(K, N, fmt, Int8Token(), bias=True)
     for value in target.state_dict().values():
         value.zero_()
     if given:
@@ -138,12 +140,12 @@ def test_load_state_dict(given: bool, taking: bool) -> None:
 def test_a_layer_on_meta_has_shapes_and_can_be_filled() -> None:
     fmt = IntGroup(bits=4, group=32)
     with torch.device("meta"):
-        layer = PackedLinear(K, N, fmt, "none", bias=True, dtype=torch.bfloat16)
+        layer = PackedLinear(K, N, fmt, Unquantized(), bias=True, dtype=torch.bfloat16)
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     assert layer.weight.shape == (N, K)
     assert layer.weight.dtype == torch.bfloat16
     assert (layer.in_features, layer.out_features) == (K, N)
-    source = make(fmt, "none")
+    source = make(fmt, Unquantized())
     layer.load_state_dict(source.state_dict(), assign=True)
     x = torch.randn(2, K)
     assert torch.equal(layer(x), source(x))
@@ -162,12 +164,12 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         fields = {name: value.clone() for name, value in packed.items()}
         change(fields)
         with pytest.raises(ValueError, match="weight_"):
-            PackedLinear.from_fields(fields, fmt, "none", N, K, None)
+            PackedLinear.from_fields(fields, fmt, Unquantized(), N, K, None)
 
 
 def test_no_gradient_is_lost_silently() -> None:
     """Codes do not train; an input that needs a gradient either gets it or is told that there is none."""
-    layer = make(IntGroup(bits=4, group=32), "none")
+    layer = make(IntGroup(bits=4, group=32), Unquantized())
     x = torch.randn(3, K, requires_grad=True)
     told = ""
     try:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import dispatch
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -19,13 +22,13 @@ from quant.siblings import link
 
 K, ROWS = 64, {"q_proj": 48, "k_proj": 20, "v_proj": 32}
 SCHEMES = [
-    (Int4Dual(group=32), "int8_token"),
-    (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
-    (IntGroup(bits=3, group=16), "none"),
+    (Int4Dual(group=32), Int8Token()),
+    (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
+    (IntGroup(bits=3, group=16), Unquantized()),
 ]
 
 
-def packed(fmt: Format, activation: str, n: int, k: int = K) -> PackedLinear:
+def packed(fmt: Format, activation: Activation, n: int, k: int = K) -> PackedLinear:
     if isinstance(fmt, Int4Dual):
         scale = torch.randint(1, 8, (n, k // fmt.group), dtype=torch.uint8)
         params = {"group_scale": scale, "group_offset": (-8 * scale.int()).to(torch.int8), "row_scale": torch.rand(n) + 0.1}
@@ -36,7 +39,7 @@ def packed(fmt: Format, activation: str, n: int, k: int = K) -> PackedLinear:
 
 
 class Attention(nn.Module):
-    def __init__(self, fmt: Format, activation: str) -> None:
+    def __init__(self, fmt: Format, activation: Activation) -> None:
         super().__init__()
         for name, n in ROWS.items():
             self.add_module(name, packed(fmt, activation, n))

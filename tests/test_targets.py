@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from torch import nn
 
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.recipe import Recipe
@@ -52,7 +54,7 @@ def test_every_linear_of_every_block_and_no_head() -> None:
     assert list(selection.kept) == ["lm_head"]
     assert "head" in selection.kept["lm_head"]
     q = selection.targets["layers.0.attn.q_proj"]
-    assert (q.n, q.k, q.bias, q.activation) == (48, 576, True, "none")
+    assert (q.n, q.k, q.bias, q.activation) == (48, 576, True, Unquantized())
     assert not selection.targets["layers.0.attn.k_proj"].bias
 
 
@@ -73,7 +75,7 @@ def test_the_first_rule_that_matches_decides() -> None:
         {"match": "*.o_proj", "format": {"group": 64, "symmetric": True}},
     )
     down = selection.targets["layers.0.mlp.down_proj"]
-    assert (down.format, down.activation) == (IntGroup(bits=8, group=128), "int8_token")
+    assert (down.format, down.activation) == (IntGroup(bits=8, group=128), Int8Token())
     assert selection.kept["layers.1.mlp.down_proj"] == "rule '*.down_proj'"
     assert selection.targets["layers.1.attn.o_proj"].format == IntGroup(group=64, symmetric=True)
     assert selection.targets["layers.1.attn.q_proj"].format == IntGroup(group=96)

@@ -79,6 +79,7 @@ def test_installed_it_works_outside_the_checkout(wheel: Path, tmp_path: Path) ->
     assert all(recipe.stem in listed for recipe in (ROOT / "recipes").glob("*.yaml"))
     code = """
 import quant, torch
+from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.dispatch import MatmulSpec, choose, load_all
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.linear import PackedLinear
@@ -90,7 +91,7 @@ for name in available():
     load_recipe(name)
 fmt = Int4Dual(group=32)
 fields = fmt.pack(fmt.nearest(torch.randn(32, 64)))
-layer = PackedLinear.from_fields(fields, fmt, "int8_token", 32, 64, None)
+layer = PackedLinear.from_fields(fields, fmt, Int8Token(), 32, 64, None)
 x = torch.randn(3, 64)
 error = (layer(x) - x @ layer.weight.T).norm() / (x @ layer.weight.T).norm()
 assert error < 0.02, error

@@ -59,7 +59,7 @@ class A8W4(layout.BlockKernel):
     def refuses(self, spec: MatmulSpec) -> str | None:
         if not isinstance(spec.format, Int4Dual):
             return f"it serves int4_dual, not {spec.format.name}"
-        if spec.activation != "int8_token":
+        if spec.activation.name != "int8_token":
             return f"it serves activation int8_token, not {spec.activation}"
         if spec.format.group % 16:
             return f"group {spec.format.group} is not a multiple of 16"

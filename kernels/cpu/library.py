@@ -28,6 +28,7 @@ _SIGNATURES = {
     "lowbit_a8w4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _L, _P),
     "lowbit_w8a8_multi": (_P, _I, _L, _L, _P, _I, _P, _P),
     "lowbit_weight_only_multi": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
+    "lowbit_rotate": (_P, _I, _P, _L, _L, _L, ctypes.c_float),
     "lowbit_read": (_P, _L),
     "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),
     "lowbit_append": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _I),
@@ -72,6 +73,15 @@ def load() -> ctypes.CDLL:
     else:
         next(isa for isa in reversed(range(len(ISAS))) if library.lowbit_select(isa) == 0)
     return library
+
+
+def available() -> bool:
+    """Whether there is a usable library."""
+    try:
+        load()
+    except Unavailable:
+        return False
+    return True
 
 
 def select(library: ctypes.CDLL, isa: str) -> None:

@@ -57,7 +57,7 @@ class W8A8(layout.BlockKernel):
         fmt = spec.format
         if not isinstance(fmt, IntGroup) or fmt.bits != 8 or not fmt.symmetric or fmt.group != -1:
             return f"it serves 8-bit symmetric int_group with group -1, not {fmt}"
-        if spec.activation != "int8_token":
+        if spec.activation.name != "int8_token":
             return f"it serves activation int8_token, not {spec.activation}"
         return fmt.refuses(spec.n, spec.k) or library.refuses(spec)
 

@@ -73,7 +73,7 @@ class WeightOnly(layout.BlockKernel):
         fmt = spec.format
         if not isinstance(fmt, IntGroup):
             return f"it serves int_group, not {fmt.name}"
-        if spec.activation != "none":
+        if spec.activation.name != "none":
             return f"it serves activation none, not {spec.activation}"
         if fmt.group != -1 and fmt.group % 16:
             return f"group {fmt.group} is neither -1 nor a multiple of 16"

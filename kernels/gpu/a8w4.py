@@ -100,8 +100,8 @@ class GpuA8W4(Kernel):
     def refuses(self, spec: MatmulSpec) -> str | None:
         if not isinstance(spec.format, Int4Dual):
             return f"multiplies int4_dual, not {spec.format.name}"
-        if spec.activation != "int8_token":
-            return f"needs int8_token activations, not {spec.activation!r}"
+        if spec.activation.name != "int8_token":
+            return f"needs int8_token activations, not {spec.activation}"
         if half_block(spec.format.group) is None:
             return f"needs a group length that 32 divides, not {spec.format.group}"
         if spec.k > launch.MAX_K:

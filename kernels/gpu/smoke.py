@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from quant.kernels.activation import fake_quantize
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Format
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -38,7 +40,7 @@ class Case:
     n: int
     k: int
     format: Format
-    activation: str
+    activation: Activation
 
     def spec(self, device: str) -> MatmulSpec:
         return MatmulSpec(n=self.n, k=self.k, format=self.format, activation=self.activation, device=device)
@@ -47,12 +49,12 @@ class Case:
 def cases() -> Iterator[Case]:
     """Every kernel, bit width and blocking."""
     for n, k, group in SHAPES:
-        yield Case(n=n, k=k, format=Int4Dual(group=group), activation="int8_token")
-        yield Case(n=n, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation="int8_token")
+        yield Case(n=n, k=k, format=Int4Dual(group=group), activation=Int8Token())
+        yield Case(n=n, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation=Int8Token())
         for bits in (2, 3, 4, 8):
             for length in (group, -1):
                 fmt = IntGroup(bits=bits, group=length, symmetric=length == -1)
-                yield Case(n=n, k=k, format=fmt, activation="none")
+                yield Case(n=n, k=k, format=fmt, activation=Unquantized())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Result:
         for m in TOKENS:
             x = torch.randn(m, case.k, generator=generator).to(dtype)
             first, second = (kernel.matmul(x.to(device), prepared, bias.to(device), spec) for _ in range(2))
-            wanted = fake_quantize(x, case.activation).double() @ weight.t() + bias.double()
+            wanted = case.activation.quantize(x, {}).double() @ weight.t() + bias.double()
             off = float((first.double().cpu() - wanted).norm() / wanted.norm())
             error = max(error, off if off == off else float("inf"))
             repeats = repeats and torch.equal(first, second)

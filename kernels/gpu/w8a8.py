@@ -64,8 +64,8 @@ class GpuW8A8(Kernel):
         fmt = spec.format
         if not isinstance(fmt, IntGroup) or fmt.bits != 8 or not fmt.symmetric or fmt.group != -1:
             return f"multiplies 8-bit symmetric int_group with group -1, not {fmt}"
-        if spec.activation != "int8_token":
-            return f"needs int8_token activations, not {spec.activation!r}"
+        if spec.activation.name != "int8_token":
+            return f"needs int8_token activations, not {spec.activation}"
         if spec.k > launch.MAX_K:
             return f"int32 sums allow K up to {launch.MAX_K}, not {spec.k}"
         return launch.device_refuses(spec)

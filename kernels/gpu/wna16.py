@@ -118,8 +118,8 @@ class GpuWnA16(Kernel):
     def refuses(self, spec: MatmulSpec) -> str | None:
         if not isinstance(spec.format, IntGroup):
             return f"multiplies int_group, not {spec.format.name}"
-        if spec.activation != "none":
-            return f"takes float tokens, not {spec.activation!r}"
+        if spec.activation.name != "none":
+            return f"takes float tokens, not {spec.activation}"
         if policy_of(spec.format.bits).blocking(spec.format.group) is None:
             return f"needs a group length that 32 divides, not {spec.format.group}"
         return launch.device_refuses(spec)

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quant.folds import BlockView, InputGroup
-from quant.kernels.activation import fake_quantize
+from quant.kernels.rotation import by_matrix
 from quant.passes.base import Transform
 
 STRENGTHS = tuple(i / 10 for i in range(1, 10))
@@ -71,7 +71,9 @@ def served_error(view: BlockView, group: InputGroup, r: Tensor) -> float:
     for name in group.names:
         weight, (fmt, activation) = view.linear(name).weight, view.schemes[name]
         wanted = x @ weight.T
-        served = fake_quantize(x / r, activation) @ fmt.dequantize(fmt.nearest(weight * r)).T
+        tokens, turned = by_matrix(x / r, activation.rotate), by_matrix(weight * r, activation.rotate)
+        seen = activation.quantize(tokens, activation.fit(tokens, tokens.abs().amax(0)))
+        served = seen @ fmt.dequantize(fmt.nearest(turned)).T
         total += float((served - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
     return total
 
@@ -98,7 +100,7 @@ def learned_factors(view: BlockView, group: InputGroup, start: Tensor, steps: in
     for name in group.names:
         weight, (fmt, activation) = view.linear(name).weight.detach(), view.schemes[name]
         signal = (rows @ weight.T).square().sum().clamp_min(1e-30)
-        token_step = 0.0 if activation == "none" else 1 / 127
+        token_step = 0.0 if activation.name == "none" else 1 / 127
         size = getattr(fmt, "group", -1)
         by_group = (len(start) // size, size) if size > 0 else (1, len(start))
         layers.append(

@@ -52,7 +52,7 @@ class Linears(nn.Module):
         weights = tuple(getattr(self, f"w{position}") for position in range(self.weights))
         if self.kernel is None:
             return [nn.functional.linear(x, weights[0], biases[0])]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = self.specs[0].activation.rotated(x.reshape(-1, x.shape[-1]))
         if self.together:
             ys = self.kernel.matmul_joined(flat, weights, biases, self.specs)
         else:

@@ -2,6 +2,7 @@
 // The text is pasted into every compiled graph after torch's C interface. The functions declared first are those of
 // kernels/cpu; the tensors have passed the operators' own checks when the graph was traced.
 
+#include <cmath>
 #include <cstddef>
 #include <initializer_list>
 
@@ -17,6 +18,7 @@ void lowbit_w8a8_multi(const void* x, int dtype, int64_t m, int64_t k, const Low
                  const void* row_scale);
 void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, int bits,
                         const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group);
+void lowbit_rotate(const void* x, int dtype, void* y, int64_t m, int64_t k, int64_t size, float scale);
 void lowbit_attention(const void* q, const void* k, const void* v, void* y, const void* k_scale, const void* v_scale,
                       const void* k_channel, const void* first, const int64_t* sizes, int64_t start, float scale, int dtype);
 void lowbit_append(const void* k, const void* v, void* k_cache, void* v_cache, void* k_scale, void* v_scale,
@@ -120,6 +122,23 @@ AOTITorchError aoti_torch_cpu_cpu_weight_only(AtenTensorHandle x, AtenTensorHand
                                               AtenTensorHandle* zero, AtenTensorHandle* bias, int64_t n, int64_t k,
                                               int64_t bits, int64_t group, AtenTensorHandle* out) {
     return aoti_torch_cpu_cpu_weight_only_multi(x, codes, scale, zero, &bias, 1, &n, 1, k, bits, group, out);
+}
+
+AOTITorchError aoti_torch_cpu_rotate(AtenTensorHandle x, int64_t size, AtenTensorHandle* out) {
+    int64_t numel = 0;
+    int32_t dtype = 0;
+    aoti_torch_get_numel(x, &numel);
+    aoti_torch_get_dtype(x, &dtype);
+    int64_t dimensions = 0, *sizes = nullptr, *strides = nullptr;
+    aoti_torch_get_dim(x, &dimensions);
+    aoti_torch_get_sizes(x, &sizes);
+    aoti_torch_get_strides(x, &strides);
+    const int64_t k = sizes[dimensions - 1];
+    if (AOTITorchError error =
+            aoti_torch_empty_strided(dimensions, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, out))
+        return error;
+    lowbit_rotate(lowbit_data(x), lowbit_dtype(x), lowbit_data(*out), numel / k, k, size, 1 / sqrtf((float)size));
+    return 0;
 }
 
 static void lowbit_strides(AtenTensorHandle tensor, int64_t* three) {

@@ -117,15 +117,6 @@ def forward(
     return torch.ops.lowbit.cpu_attention(query, key, value, start, attention_mask, scale), None
 
 
-def available() -> bool:
-    """Whether the C++ kernels are there."""
-    try:
-        library.load()
-    except library.Unavailable:
-        return False
-    return True
-
-
 def register() -> None:
     """Make "lowbit" a known attn_implementation."""
     AttentionInterface.register(NAME, forward)

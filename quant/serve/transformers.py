@@ -82,10 +82,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, PackedLinear):
                 module.require_valid(name)
                 module.requires_grad_(False)  # transformers has made the bias trainable
+        from quant.kernels.cpu import library
         from quant.serve import attention  # imports model code, which may be half imported when this file is
 
         link(model)
-        if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and attention.available():
+        if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and library.available():
             attention.register()
             model.set_attn_implementation(attention.NAME)
         return model

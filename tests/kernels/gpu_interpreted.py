@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from quant.kernels.activation import quantize_token
+from quant.kernels.activations.int_token import quantize_token
 from quant.kernels.format import Codes
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import a8w4, launch, w8a8, wna16

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.activation import quantize_token
+from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu import a8w4, build, library, memory, w8a8, weight_only
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
@@ -55,12 +56,12 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         "row_scale": torch.rand(N),
     }
     float_weights = [
-        (weight_only.WeightOnly(), IntGroup(bits=bits, group=G, symmetric=False), "none", 2**bits, grouped(2**bits))
+        (weight_only.WeightOnly(), IntGroup(bits=bits, group=G, symmetric=False), Unquantized(), 2**bits, grouped(2**bits))
         for bits in (2, 3, 4, 8)
     ]
     layers = [
-        (a8w4.A8W4(), Int4Dual(group=G), "int8_token", 16, dual),
-        (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), "int8_token", 256, {"weight_scale": torch.rand(N, 1)}),
+        (a8w4.A8W4(), Int4Dual(group=G), Int8Token(), 16, dual),
+        (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), Int8Token(), 256, {"weight_scale": torch.rand(N, 1)}),
         *float_weights,
     ]
     out = []
@@ -104,7 +105,7 @@ def test_every_instruction_set_gives_the_same(m: int) -> None:
                 library.select(lib, isa)
                 results.append(kernel.matmul(x, prepared, None, spec))
             for isa, y in zip(available[1:], results[1:], strict=True):
-                if spec.activation == "int8_token":
+                if spec.activation.name == "int8_token":
                     assert torch.equal(y, results[0]), (kernel.name, isa)
                 else:
                     assert (y - results[0]).norm() < 1e-6 * results[0].norm(), (kernel.name, spec.format, isa)
@@ -134,7 +135,7 @@ def test_activation_codes_are_bit_exact(dtype: torch.dtype) -> None:
     x[3, 0] = 127
     x[4] = 0
     x = x.to(dtype)
-    spec = MatmulSpec(n=k, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation="int8_token", device="cpu")
+    spec = MatmulSpec(n=k, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation=Int8Token(), device="cpu")
     eye = Codes((128 + torch.eye(k)).to(torch.uint8), {"weight_scale": torch.ones(k, 1)})
     kernel = w8a8.W8A8()
     y = kernel.matmul(x, kernel.prepare(spec.format.pack(eye), spec), None, spec)
@@ -292,5 +293,5 @@ def test_without_the_library_the_kernels_refuse_with_the_reason(monkeypatch: pyt
         raise library.Unavailable("built without a C++ compiler: none")
 
     monkeypatch.setattr(library, "load", missing)
-    spec = MatmulSpec(n=8, k=64, format=Int4Dual(group=32), activation="int8_token", device="cpu")
+    spec = MatmulSpec(n=8, k=64, format=Int4Dual(group=32), activation=Int8Token(), device="cpu")
     assert a8w4.A8W4().refuses(spec) == "built without a C++ compiler: none"

@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu.build import BuildError, compiler
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -337,7 +339,7 @@ def test_the_operators_launch_from_the_bundle(device, made, cuda, monkeypatch):
 
 
 def test_a_bundle_stands_in_for_triton(device, made, monkeypatch):
-    spec = MatmulSpec(n=N, k=K, format=Int4Dual(group=GROUP), activation="int8_token", device="cuda")
+    spec = MatmulSpec(n=N, k=K, format=Int4Dual(group=GROUP), activation=Int8Token(), device="cuda")
     monkeypatch.setattr(deployed, "has_triton", lambda: False)
     assert launch.device_refuses(spec) == "triton is not installed and no deployment bundle fits this GPU"
     deployed.offer(made.parent)
@@ -383,9 +385,9 @@ def test_a_layer_is_found_for_every_kernel_without_a_gpu():
         spec = MatmulSpec(n=96, k=192, format=fmt, activation=activation, device="cuda")
         return layer_of(spec, torch.float16, torch.float16)
 
-    assert found(Int4Dual(group=64), "int8_token") == a8w4.layer_of(96, 192, 64, torch.float16, torch.empty(0).half())
-    assert found(IntGroup(bits=8, group=-1, symmetric=True), "int8_token").policy == "bytes8"
-    assert found(IntGroup(bits=3, group=64, symmetric=False), "none").policy == "int3"
-    reason = found(IntGroup(bits=4, group=64, symmetric=True), "int8_token")
+    assert found(Int4Dual(group=64), Int8Token()) == a8w4.layer_of(96, 192, 64, torch.float16, torch.empty(0).half())
+    assert found(IntGroup(bits=8, group=-1, symmetric=True), Int8Token()).policy == "bytes8"
+    assert found(IntGroup(bits=3, group=64, symmetric=False), Unquantized()).policy == "int3"
+    reason = found(IntGroup(bits=4, group=64, symmetric=True), Int8Token())
     assert isinstance(reason, str)
     assert "gpu_wna16 takes float tokens" in reason

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quant.kernels.activation import quantize_token
+from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
 from quant.kernels.formats.int_group import IntGroup
@@ -32,7 +33,7 @@ def close_to(y, sums, row_scale, scale, bias, dtype):
 )
 def test_a8w4_equals_the_reference_and_repeats_itself(dual_layer, m, n, k, group, dtype):
     fmt, codes = dual_layer(n, k, group)
-    spec = MatmulSpec(n=n, k=k, format=fmt, activation="int8_token", device="cuda")
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Int8Token(), device="cuda")
     kernel = GpuA8W4()
     assert (reason := kernel.refuses(spec)) is None, reason
     generator = torch.Generator().manual_seed(m)
@@ -63,7 +64,7 @@ def random_codes(fmt: IntGroup, n: int, k: int) -> Codes:
 def test_wna16_matches_float64_and_repeats_itself(n, k, group, bits, m, dtype):
     fmt = IntGroup(bits=bits, group=group, symmetric=bits == 3)
     codes = random_codes(fmt, n, k)
-    spec = MatmulSpec(n=n, k=k, format=fmt, activation="none", device="cuda")
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cuda")
     kernel = GpuWnA16()
     assert (reason := kernel.refuses(spec)) is None, reason
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
@@ -80,7 +81,7 @@ def test_w8a8_equals_the_reference(m, divided):
     n, k = 1000, 1536
     fmt = IntGroup(bits=8, group=-1, symmetric=True)
     codes = random_codes(fmt, n, k)
-    spec = MatmulSpec(n=n, k=k, format=fmt, activation="int8_token", device="cuda")
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Int8Token(), device="cuda")
     kernel = GpuW8A8()
     generator = torch.Generator().manual_seed(m)
     divisor = torch.rand(k, generator=generator) + 0.1 if divided else torch.ones(k)
@@ -95,7 +96,7 @@ def test_w8a8_equals_the_reference(m, divided):
 
 def test_the_operator_can_be_captured(dual_layer):
     fmt, codes = dual_layer(256, 256, 128)
-    spec = MatmulSpec(n=256, k=256, format=fmt, activation="int8_token", device="cuda")
+    spec = MatmulSpec(n=256, k=256, format=fmt, activation=Int8Token(), device="cuda")
     kernel = GpuA8W4()
     prepared = tuple(t.cuda() for t in kernel.prepare(fmt.pack(codes), spec))
     x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
@@ -110,6 +111,6 @@ def test_the_operator_can_be_captured(dual_layer):
 
 def test_the_operator_passes_the_checks_of_torch(dual_layer):
     fmt, codes = dual_layer(96, 192, 64)
-    spec = MatmulSpec(n=96, k=192, format=fmt, activation="int8_token", device="cuda")
+    spec = MatmulSpec(n=96, k=192, format=fmt, activation=Int8Token(), device="cuda")
     prepared = tuple(t.cuda() for t in GpuA8W4().prepare(fmt.pack(codes), spec))
     torch.library.opcheck(gpu_a8w4, (torch.randn(3, 192, device="cuda"), *prepared, None, 64))

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quant.kernels.activation import quantize_token
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Codes
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -23,14 +25,15 @@ from quant.kernels.gpu.w8a8 import DIVISOR, GpuW8A8, gpu_w8a8
 from quant.kernels.gpu.wna16 import GpuWnA16, gpu_wna16
 
 KERNEL = GpuA8W4()
+INT8, FLOAT = Int8Token(), Unquantized()
 W8 = IntGroup(bits=8, group=-1, symmetric=True)
 
 
-def spec(group: int = 64, n: int = 48, k: int = 192, device: str = "cuda", activation: str = "int8_token") -> MatmulSpec:
+def spec(group: int = 64, n: int = 48, k: int = 192, device: str = "cuda", activation: Activation = INT8) -> MatmulSpec:
     return MatmulSpec(n=n, k=k, format=Int4Dual(group=group), activation=activation, device=device)
 
 
-def int_spec(fmt: IntGroup, n: int = 48, k: int = 192, activation: str = "none", device: str = "cuda") -> MatmulSpec:
+def int_spec(fmt: IntGroup, n: int = 48, k: int = 192, activation: Activation = FLOAT, device: str = "cuda") -> MatmulSpec:
     return MatmulSpec(n=n, k=k, format=fmt, activation=activation, device=device)
 
 
@@ -66,7 +69,7 @@ def test_restore_is_the_inverse_of_prepare_for_int_group(n, k, group, bits, symm
 
 def test_w8a8_keeps_its_divisor():
     fields = W8.pack(int_codes(W8, 33, 200))
-    s = int_spec(W8, 33, 200, "int8_token")
+    s = int_spec(W8, 33, 200, Int8Token())
     assert_restored(GpuW8A8(), fields, s)
     assert_restored(GpuW8A8(), fields | {DIVISOR: torch.rand(200)}, s)
 
@@ -126,17 +129,17 @@ def test_a_group_that_leaves_a_byte_is_an_error(dual_layer):
     [
         (KERNEL, spec(device="cpu"), "runs on cuda, not on cpu"),
         (KERNEL, spec(group=48), "group length that 32 divides, not 48"),
-        (KERNEL, spec(activation="none"), "int8_token"),
+        (KERNEL, spec(activation=Unquantized()), "int8_token"),
         (KERNEL, spec(k=MAX_K // 64 * 64 + 64), "int32"),
-        (KERNEL, int_spec(IntGroup(), activation="int8_token"), "int4_dual"),
+        (KERNEL, int_spec(IntGroup(), activation=Int8Token()), "int4_dual"),
         (GpuWnA16(), int_spec(IntGroup(), device="cpu"), "runs on cuda, not on cpu"),
         (GpuWnA16(), int_spec(IntGroup(group=48)), "group length that 32 divides, not 48"),
-        (GpuWnA16(), int_spec(IntGroup(), activation="int8_token"), "float tokens"),
+        (GpuWnA16(), int_spec(IntGroup(), activation=Int8Token()), "float tokens"),
         (GpuWnA16(), spec(), "int_group"),
-        (GpuW8A8(), int_spec(W8, activation="int8_token", device="cpu"), "runs on cuda, not on cpu"),
-        (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation="int8_token"), "symmetric"),
+        (GpuW8A8(), int_spec(W8, activation=Int8Token(), device="cpu"), "runs on cuda, not on cpu"),
+        (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation=Int8Token()), "symmetric"),
         (GpuW8A8(), int_spec(W8), "int8_token"),
-        (GpuW8A8(), int_spec(W8, k=MAX_K + 1, activation="int8_token"), "int32"),
+        (GpuW8A8(), int_spec(W8, k=MAX_K + 1, activation=Int8Token()), "int32"),
     ],
 )
 def test_refusals_name_the_reason(kernel, given, reason):
@@ -148,7 +151,7 @@ def test_without_a_gpu_dispatch_keeps_the_reason():
     for given, name in (
         (spec(), "gpu_a8w4"),
         (int_spec(IntGroup()), "gpu_wna16"),
-        (int_spec(W8, activation="int8_token"), "gpu_w8a8"),
+        (int_spec(W8, activation=Int8Token()), "gpu_w8a8"),
     ):
         kernel, refusals = choose(given)
         assert not kernel.name.startswith("gpu")

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from quant.kernels import dispatch
-from quant.kernels.activation import quantize_token
+from quant.kernels.activation import Activation
+from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -20,17 +22,17 @@ KERNELS = dispatch.load_all()
 SHAPES = ((33, 96, 48), (200, 160, 32), (64, 576, 96), (7, 64, 16))  # N, K, G
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
 FORMATS = {
-    "int4_dual": lambda g: (Int4Dual(group=g), "int8_token"),
-    "w8": lambda g: (IntGroup(bits=8, group=-1, symmetric=True), "int8_token"),
-    "w2_asym": lambda g: (IntGroup(bits=2, group=g, symmetric=False), "none"),
-    "w3_asym": lambda g: (IntGroup(bits=3, group=g, symmetric=False), "none"),
-    "w4_asym": lambda g: (IntGroup(bits=4, group=g, symmetric=False), "none"),
-    "w8_asym": lambda g: (IntGroup(bits=8, group=g, symmetric=False), "none"),
-    "w2_sym": lambda g: (IntGroup(bits=2, group=g, symmetric=True), "none"),
-    "w3_row": lambda g: (IntGroup(bits=3, group=-1, symmetric=True), "none"),
-    "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), "none"),
-    "w4_row": lambda g: (IntGroup(bits=4, group=-1, symmetric=False), "none"),
-    "w8_row": lambda g: (IntGroup(bits=8, group=-1, symmetric=False), "none"),
+    "int4_dual": lambda g: (Int4Dual(group=g), Int8Token()),
+    "w8": lambda g: (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
+    "w2_asym": lambda g: (IntGroup(bits=2, group=g, symmetric=False), Unquantized()),
+    "w3_asym": lambda g: (IntGroup(bits=3, group=g, symmetric=False), Unquantized()),
+    "w4_asym": lambda g: (IntGroup(bits=4, group=g, symmetric=False), Unquantized()),
+    "w8_asym": lambda g: (IntGroup(bits=8, group=g, symmetric=False), Unquantized()),
+    "w2_sym": lambda g: (IntGroup(bits=2, group=g, symmetric=True), Unquantized()),
+    "w3_row": lambda g: (IntGroup(bits=3, group=-1, symmetric=True), Unquantized()),
+    "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), Unquantized()),
+    "w4_row": lambda g: (IntGroup(bits=4, group=-1, symmetric=False), Unquantized()),
+    "w8_row": lambda g: (IntGroup(bits=8, group=-1, symmetric=False), Unquantized()),
 }
 
 
@@ -50,10 +52,10 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
     return Codes(torch.randint(0, top, (n, k), dtype=torch.uint8), params)
 
 
-def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """float64 [M, N]."""
     seen = x.double()
-    if activation == "int8_token":
+    if activation.name == "int8_token":
         codes, scale = quantize_token(x)
         seen = codes.double() * scale.double().unsqueeze(-1)
     return seen @ weight.double().T + (0 if bias is None else bias.double())

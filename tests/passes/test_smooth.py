@@ -12,6 +12,7 @@ from torch import nn
 
 from quant.calibrate import Chain, Sample, capture, catch
 from quant.folds import BlockView
+from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.formats.int_group import IntGroup
 from quant.passes.smooth import Pass, learned_factors, migration_factors, percentile_factors, served_error
 from quant.stacks import find_stacks
@@ -28,7 +29,7 @@ def view(tiny: ModuleType) -> Callable[[], BlockView]:
         chain = catch(model, find_stacks(model), 0, [Sample({"input_ids": torch.randint(0, 320, (2, 20))})], [])
         targets = [f"{name}.{leaf}" for leaf, m in block.named_modules() if isinstance(m, nn.Linear)]
         groups = capture(name, block, targets, Chain(list(chain.hidden), chain.calls), chain, [Sample({})])
-        schemes = dict.fromkeys(targets, (IntGroup(bits=8, group=-1), "int8_token"))
+        schemes = dict.fromkeys(targets, (IntGroup(bits=8, group=-1), Int8Token()))
         return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: torch.float32, schemes)
 
     return make

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "weights.h"
+#include "rotation.h"
 
 namespace {
 
@@ -151,3 +152,4 @@ struct WeightOnly : FloatPanels<BITS> {
 void avx2_a8w4(const Problem& p) { run<A8W4>(p); }
 void avx2_w8a8(const Problem& p) { run<W8A8>(p); }
 void avx2_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }
+void avx2_rotate(const Rotation& r) { rotate_tokens(r); }

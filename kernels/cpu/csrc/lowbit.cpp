@@ -41,13 +41,14 @@ bool has(Isa isa) {
 
 KernelTable table_of(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only};
+    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, avx512_rotate};
     if (isa == kAvx512)  // Cascade Lake and Ice Lake have VNNI without BF16
-        return {avx512_a8w4, avx512_w8a8, __builtin_cpu_supports("avx512bf16") ? avx512bf16_weight_only : avx512_weight_only};
-    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only};
+        return {avx512_a8w4, avx512_w8a8, __builtin_cpu_supports("avx512bf16") ? avx512bf16_weight_only : avx512_weight_only,
+                avx512_rotate};
+    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_rotate};
 #endif
     (void)isa;
-    return {portable_a8w4, portable_w8a8, portable_weight_only};
+    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
 }
 
 AttentionTable attention_of(Isa isa) {
@@ -61,7 +62,7 @@ AttentionTable attention_of(Isa isa) {
 }
 
 AttentionTable attention = {portable_attend, portable_append};
-KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only};
+KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
 
 int64_t blocks_of(const Output* outputs, int count) {
     int64_t blocks = 0;
@@ -130,6 +131,11 @@ void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, co
                               const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group) {
     table.weight_only({x, (const uint8_t*)codes, scale, (const uint8_t*)zero, nullptr, outputs, m, k, blocks_of(outputs, count),
                        group, (DType)dtype, scale_is_f32 != 0, bits});
+}
+
+// y [M, K] = x [M, K] with every block of `size` channels multiplied by H / sqrt(size).
+void lowbit_rotate(const void* x, int dtype, void* y, int64_t m, int64_t k, int64_t size, float scale) {
+    table.rotate({x, y, m, k, size, scale, (DType)dtype});
 }
 
 // The same for one layer: y [M, N], bias [N] of bias_dtype or null.

@@ -33,23 +33,35 @@ struct Problem {
     int bits;                // weight only: 2, 3, 4 or 8
 };
 
+struct Rotation {
+    const void* x;  // [M, K] of dtype
+    void* y;        // likewise
+    int64_t m, k, size;
+    float scale;    // 1 / sqrt(size)
+    DType dtype;
+};
+
 struct KernelTable {
     void (*a8w4)(const Problem&);
     void (*w8a8)(const Problem&);
     void (*weight_only)(const Problem&);
+    void (*rotate)(const Rotation&);
 };
 
 // Each is defined by one translation unit, compiled with that unit's own instruction set flags.
 void portable_a8w4(const Problem&);
 void portable_w8a8(const Problem&);
 void portable_weight_only(const Problem&);
+void portable_rotate(const Rotation&);
 #if defined(__x86_64__)
 void avx2_a8w4(const Problem&);
 void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
+void avx2_rotate(const Rotation&);
 void avx512_a8w4(const Problem&);
 void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
+void avx512_rotate(const Rotation&);
 void avx512bf16_weight_only(const Problem&);
 void amx_a8w4(const Problem&);
 void amx_w8a8(const Problem&);

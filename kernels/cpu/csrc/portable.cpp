@@ -1,6 +1,7 @@
 // The three kernels in plain C++ for any processor: codes of eight k are spread out to [8, 32 rows], then every loop
 // runs over rows with a constant bound, which compilers vectorize for whatever they target.
 #include "weights.h"
+#include "rotation.h"
 
 namespace {
 
@@ -106,3 +107,4 @@ struct WeightOnly : FloatPanels<BITS> {
 void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
 void portable_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }
+void portable_rotate(const Rotation& r) { rotate_tokens(r); }

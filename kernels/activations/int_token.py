@@ -1,0 +1,54 @@
+"""`int8_token`, `int4_token`: symmetric integers with one scale per token, measured as the token comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.kernels.activation import Activation, register
+
+ABSMAX_FLOOR = 1e-5  # an all-zero token gets this absmax, so its scale is never zero
+
+
+def quantize_token(x: Tensor, top: int = 127) -> tuple[Tensor, Tensor]:
+    """Symmetric integers per token: x [M, K] float -> codes int8 [M, K] in [-top, top], scale float32 [M].
+
+    scale = max(absmax, 1e-5) / top; code = round-half-even(x * (1 / scale)), all in float32.
+    """
+    x = x.float()
+    scale = x.abs().amax(-1).clamp_min(ABSMAX_FLOOR) / top
+    codes = torch.round(x * scale.reciprocal().unsqueeze(-1)).clamp_(-top, top).to(torch.int8)
+    return codes, scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntToken(Activation):
+    """Codes from -top to top."""
+
+    top: ClassVar[int]
+
+    def quantize(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        codes, scale = quantize_token(x.reshape(-1, x.shape[-1]), self.top)
+        return (codes.float() * scale.unsqueeze(-1)).view(x.shape)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int8Token(IntToken):
+    """8 bits; the integer kernels multiply these codes as they are."""
+
+    name: ClassVar[str] = "int8_token"
+    top: ClassVar[int] = 127
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int4Token(IntToken):
+    """4 bits."""
+
+    name: ClassVar[str] = "int4_token"
+    top: ClassVar[int] = 7
