@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int_group import IntGroup
 from quant.passes.base import GridRounder
+from quant.refit import refit_steps
+from quant.rounding import descend
 from quant.search import by_rows, gram_blocks, search_grid
 from quant.stats import InputStats
 
 
 class Pass(GridRounder):
-    """search: clip each group by its Gram block (else cover the full range)."""
+    """search: clip each group by its Gram block (else cover the full range). refits: rounds of fitted steps and new codes."""
 
     search: bool = True
+    refits: int = Field(0, ge=0, le=100)
 
     def refuses(self, fmt: Format) -> str | None:
         return None if isinstance(fmt, IntGroup) else f"gptq writes int_group, not {fmt.name}; use the dgq pass for int4_dual"
@@ -27,4 +31,9 @@ class Pass(GridRounder):
             blocks = gram_blocks(gram, weight.shape[1] // step.shape[1])
             step, zero = by_rows(lambda rows: search_grid(rows, blocks, levels, fmt.symmetric), weight)
             step = fmt.storable(step)
-        return Codes(self.codes(weight, gram, step, zero, levels), fmt.params(step, zero))
+        codes = self.codes(weight, gram, step, zero, levels)
+        for _ in range(self.refits):
+            integers = codes.float() - zero.repeat_interleave(weight.shape[1] // zero.shape[1], 1)
+            step = fmt.storable(refit_steps(weight, gram, integers, step))
+            codes = descend(weight, gram, codes, step, zero, levels, 1)
+        return Codes(codes, fmt.params(step, zero))
