@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quant.calibrate import Chain, Sample, advance, capture, catch
 from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
+from quant.kernels.activation import Activation
 from quant.kernels.format import Codes, Fields
 from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
@@ -25,13 +26,18 @@ from quant.models import Weights
 from quant.passes.base import BasePass, Corrector, Quantizer, Transform
 from quant.plan import COMPUTE, Plan
 from quant.search import output_error
+from quant.stats import InputStats
 from quant.targets import Target
 from quant.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """error, rtn_error: relative output error sqrt(d^T H d / w^T H w) of the result and of round-to-nearest."""
+    """error, rtn_error: relative output error sqrt(d^T H d / w^T H w) of the result and of round-to-nearest.
+
+    zero_fraction: share of input values that round to 0 as served, and without folds and rotation (CrossQuant's "quantization
+    kernel"); None where inputs stay in floats. Compare it within one model only.
+    """
 
     name: str
     format: dict[str, Any]
@@ -41,6 +47,7 @@ class LayerReport:
     rtn_error: float
     tokens: int
     token_absmax_99: float
+    zero_fraction: tuple[float, float] | None
     note: str
 
 
@@ -182,6 +189,7 @@ def quantize_members(
     (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
     codes = quantizer.quantize(aim, stats, fmt)
     inputs = activation.fit(torch.cat(stats.rows), stats.absmax)
+    zeros = zero_fractions(group.stats, activation, inputs)
     lost, lost_rtn = aim - fmt.dequantize(codes), aim - fmt.dequantize(fmt.nearest(aim))
     out = []
     at = 0
@@ -199,11 +207,24 @@ def quantize_members(
             rtn_error,
             stats.tokens,
             stats.token_quantile(0.99),
+            zeros,
             target.note,
         )
         mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
         out.append((target, fmt.pack(mine) | inputs, report))
     return out
+
+
+def zero_fractions(stats: InputStats, activation: Activation, inputs: Fields) -> tuple[float, float] | None:
+    """LayerReport.zero_fraction on the kept tokens."""
+    if activation.name == "none":
+        return None
+    tokens = torch.cat(stats.rows)
+    before = tokens if stats.divided is None else tokens * stats.divided
+    plain = replace(activation, rotate=0)
+    served = activation.quantize(by_matrix(tokens, activation.rotate), inputs)
+    alone = plain.quantize(before, plain.fit(before, before.abs().amax(0)))
+    return float((served == 0).float().mean()), float((alone == 0).float().mean())
 
 
 def same_scheme(group: InputGroup, targets: dict[str, Target]) -> list[list[Target]]:

@@ -23,6 +23,7 @@ class InputStats:
     token_absmax: the absmax of each token: a list of [tokens].
     rows: a few whole tokens of each sequence, evenly spread: a list of [up to 8, K].
     tokens: tokens seen, padding excluded.
+    divided: what folds have divided the channels by since, [K]; None before the first.
     """
 
     gram: Tensor
@@ -31,6 +32,7 @@ class InputStats:
     token_absmax: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+    divided: Tensor | None = None
 
     @classmethod
     def empty(cls, k: int, device: torch.device, drift: bool) -> InputStats:
@@ -81,6 +83,7 @@ class InputStats:
             self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
         self.sample_absmax = [a / r for a in self.sample_absmax]
         self.rows = [x / r for x in self.rows]
+        self.divided = r if self.divided is None else self.divided * r
 
     def rotated(self, size: int) -> InputStats:
         """What would have been seen of tokens rotated in blocks of `size`; channel maxima are those of the kept rows."""

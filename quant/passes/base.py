@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -61,10 +62,12 @@ class Quantizer(BasePass, ABC):
 class GridRounder(Quantizer, ABC):
     """A quantizer that chooses a grid first and then rounds to it by GPTQ and coordinate descent.
 
-    act_order: visit input channels by falling energy. damp: share of the mean Gram diagonal. shrink: 0 to 1, see
-    `search.shrunk`. sweeps: of coordinate descent after GPTQ. Published GPTQ is act_order with shrink = sweeps = 0.
+    round: by GPTQ, or to nearest. act_order: visit input channels by falling energy. damp: share of the mean Gram diagonal.
+    shrink: 0 to 1, see `search.shrunk`. sweeps: of coordinate descent after GPTQ. Published GPTQ is act_order with shrink =
+    sweeps = 0.
     """
 
+    round: Literal["nearest", "gptq"] = "gptq"
     act_order: bool = True
     damp: float = Field(0.01, gt=0, le=1)
     shrink: float = Field(0.0, ge=0, le=1)
@@ -76,6 +79,10 @@ class GridRounder(Quantizer, ABC):
 
     def codes(self, weight: Tensor, gram: Tensor, step: Tensor, zero: Tensor, levels: int) -> Tensor:
         """uint8 codes [N, K] on a grid of step and zero [N, K // G]. Raises ValueError where `gram` cannot be factored."""
+        if self.round == "nearest":
+            grouped = weight.view(*step.shape, -1) / step.unsqueeze(-1)
+            codes = (grouped.round_() + zero.unsqueeze(-1)).clamp_(0, levels - 1)
+            return codes.to(torch.uint8).view(weight.shape)
         codes = gptq_codes(weight, gram, step, zero, levels, act_order=self.act_order, damp=self.damp)
         return descend(weight, gram, codes, step, zero, levels, self.sweeps)
 

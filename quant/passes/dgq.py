@@ -12,8 +12,6 @@ descent; and the row scale is refitted to the final codes in closed form.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -27,9 +25,8 @@ ROW_RATIOS = tuple(1.0 - 0.04 * i for i in range(20))  # 1.00 down to 0.24
 
 
 class Pass(GridRounder):
-    """round: nearest or gptq. refine: third search step. refit: closed-form row scale."""
+    """refine: third search step. refit: closed-form row scale."""
 
-    round: Literal["nearest", "gptq"] = "gptq"
     refine: bool = True
     refit: bool = True
 
@@ -41,10 +38,7 @@ class Pass(GridRounder):
         gram = self.gram(stats)
         blocks = gram_blocks(gram, fmt.group)
         row_scale, s2, zero = by_rows(lambda rows: self.search(rows, blocks), weight)
-        if self.round == "nearest":
-            codes = fmt.encode(weight, row_scale, s2, zero).codes
-        else:
-            codes = self.codes(weight, gram, row_scale.unsqueeze(-1) * s2, zero, 16)
+        codes = self.codes(weight, gram, row_scale.unsqueeze(-1) * s2, zero, 16)
         if self.refit:
             row_scale = refit_row_scale(weight, gram, fmt, Codes(codes, fmt.params(row_scale, s2, zero)))
         return Codes(codes, fmt.params(row_scale, s2, zero))

@@ -15,6 +15,7 @@ learn       the winner of search, then gradient descent on log r. With rounding 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,6 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from quant.folds import BlockView, InputGroup
+from quant.kernels.activation import Activation
+from quant.kernels.format import Format
 from quant.kernels.rotation import by_matrix
 from quant.passes.base import Transform
 
@@ -58,24 +61,47 @@ class Pass(Transform):
             return migration_factors(absmax, columns, self.strength)
         candidates = [torch.ones_like(absmax), percentile_factors(absmax, self.top)]
         candidates += [migration_factors(absmax, columns, strength) for strength in STRENGTHS]
-        best = min(candidates, key=lambda r: served_error(view, group, r))
+        error = served_error(view, group)
+        best = min(candidates, key=error)
         if self.method == "learn":
-            best = min(best, learned_factors(view, group, best), key=lambda r: served_error(view, group, r))
+            best = min(best, learned_factors(view, group, best), key=error)
         return best
 
 
-def served_error(view: BlockView, group: InputGroup, r: Tensor) -> float:
-    """Relative squared output error of the group's readers, summed, with X / r and W r rounded to the nearest code."""
+def fold_best(view: BlockView, candidates: Callable[[InputGroup], list[Tensor]]) -> dict[str, str]:
+    """Fold, for every group of readers, the factors r [K] of least served error; returns what was refused, as `apply` does."""
+    refused = {}
+    for group in view.groups:
+        reason = view.fold(group, min(candidates(group), key=served_error(view, group)))
+        if reason:
+            refused[group.names[0]] = reason
+    return refused
+
+
+def served_error(view: BlockView, group: InputGroup) -> Callable[[Tensor], float]:
+    """r [K] -> relative squared output error of the group's readers, summed, with X / r and W r rounded to the nearest code."""
     x = torch.cat(group.stats.rows)
-    total = 0.0
+    layers = []
     for name in group.names:
-        weight, (fmt, activation) = view.linear(name).weight, view.schemes[name]
+        weight = view.linear(name).weight
         wanted = x @ weight.T
-        tokens, turned = by_matrix(x / r, activation.rotate), by_matrix(weight * r, activation.rotate)
-        seen = activation.quantize(tokens, activation.fit(tokens, tokens.abs().amax(0)))
-        served = seen @ fmt.dequantize(fmt.nearest(turned)).T
-        total += float((served - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
-    return total
+        layers.append((weight, view.schemes[name], wanted, wanted.square().sum().clamp_min(1e-30)))
+
+    def error(r: Tensor) -> float:
+        total = 0.0
+        for weight, (fmt, activation), wanted, signal in layers:
+            lost = served_output(x / r, weight * r, fmt, activation) - wanted
+            total += float(lost.square().sum() / signal)
+        return total
+
+    return error
+
+
+def served_output(x: Tensor, weight: Tensor, fmt: Format, activation: Activation) -> Tensor:
+    """[T, N] of tokens x [T, K] and weight [N, K], both rotated and rounded to the nearest code as the scheme says."""
+    tokens, turned = by_matrix(x, activation.rotate), by_matrix(weight, activation.rotate)
+    seen = activation.quantize(tokens, activation.fit(tokens, tokens.abs().amax(0)))
+    return seen @ fmt.dequantize(fmt.nearest(turned)).T
 
 
 def percentile_factors(absmax: Tensor, top: float = 0.005) -> Tensor:

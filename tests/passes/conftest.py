@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quant.calibrate import Chain, Sample, capture, catch
+from quant.folds import BlockView
+from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.formats.int_group import IntGroup
+from quant.stacks import find_stacks
 from quant.stats import InputStats
 
 
@@ -40,5 +47,22 @@ def make_layer() -> Callable[..., Layer]:
         stats.add(x.unsqueeze(0), x_float.unsqueeze(0), None)
         stats.finish()
         return Layer(weight * 0.05, x, x_float, stats)
+
+    return make
+
+
+@pytest.fixture
+def view(tiny: ModuleType) -> Callable[[], BlockView]:
+    """A Llama block with one outlier channel in each norm's output."""
+
+    def make() -> BlockView:
+        model: Any = tiny.llama(layers=1).float().requires_grad_(False)
+        block, name = model.model.layers[0], "model.layers.0"
+        block.input_layernorm.weight[7], block.post_attention_layernorm.weight[3] = 40, 20
+        chain = catch(model, find_stacks(model), 0, [Sample({"input_ids": torch.randint(0, 320, (2, 20))})], [])
+        targets = [f"{name}.{leaf}" for leaf, m in block.named_modules() if isinstance(m, nn.Linear)]
+        groups = capture(name, block, targets, Chain(list(chain.hidden), chain.calls), chain, [Sample({})])
+        schemes = dict.fromkeys(targets, (IntGroup(bits=8, group=-1), Int8Token()))
+        return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: torch.float32, schemes)
 
     return make

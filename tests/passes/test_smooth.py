@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from quant.calibrate import Chain, Sample, capture, catch
 from quant.folds import BlockView
-from quant.kernels.activations.int_token import Int8Token
-from quant.kernels.formats.int_group import IntGroup
 from quant.passes.smooth import Pass, learned_factors, migration_factors, percentile_factors, served_error
-from quant.stacks import find_stacks
-
-
-@pytest.fixture
-def view(tiny: ModuleType) -> Callable[[], BlockView]:
-    """A Llama block with one outlier channel in each norm's output."""
-
-    def make() -> BlockView:
-        model: Any = tiny.llama(layers=1).float().requires_grad_(False)
-        block, name = model.model.layers[0], "model.layers.0"
-        block.input_layernorm.weight[7], block.post_attention_layernorm.weight[3] = 40, 20
-        chain = catch(model, find_stacks(model), 0, [Sample({"input_ids": torch.randint(0, 320, (2, 20))})], [])
-        targets = [f"{name}.{leaf}" for leaf, m in block.named_modules() if isinstance(m, nn.Linear)]
-        groups = capture(name, block, targets, Chain(list(chain.hidden), chain.calls), chain, [Sample({})])
-        schemes = dict.fromkeys(targets, (IntGroup(bits=8, group=-1), Int8Token()))
-        return BlockView(name, block, groups, lambda: chain.run(block, 0), lambda param: torch.float32, schemes)
-
-    return make
 
 
 @pytest.mark.parametrize(("channels", "rank"), [(4096, 21), (11008, 56), (64, 1), (100, 2)])
@@ -139,26 +116,26 @@ def test_the_search_serves_best_and_its_error_is_that_of_the_served_layers(view:
     block = view()
     for group in block.groups[:1]:
         x, ones = torch.cat(group.stats.rows), torch.ones_like(group.stats.absmax)
-        chosen = served_error(block, group, Pass(method="search").factors(block, group))
+        chosen = served_error(block, group)(Pass(method="search").factors(block, group))
         for other in (ones, *(Pass(method="migrate", strength=s).factors(block, group) for s in (0.2, 0.5, 0.8))):
-            assert chosen <= served_error(block, group, other)
-        assert chosen < 0.5 * served_error(block, group, ones)  # the norm has an outlier channel
+            assert chosen <= served_error(block, group)(other)
+        assert chosen < 0.5 * served_error(block, group)(ones)  # the norm has an outlier channel
         total = 0.0
         for name in group.names:
             w = block.linear(name).weight
             ws, xs = w.abs().amax(1, keepdim=True) / 127, x.abs().amax(1, keepdim=True) / 127
             y = (torch.round(x / xs) * xs) @ (torch.round(w / ws) * ws).T
             total += float((y - x @ w.T).norm() ** 2 / (x @ w.T).norm() ** 2)
-        assert served_error(block, group, ones) == pytest.approx(total, rel=0.02)
+        assert served_error(block, group)(ones) == pytest.approx(total, rel=0.02)
 
 
 def test_learning_serves_better_than_the_search_it_starts_from(view: Callable[[], BlockView]) -> None:
     block = view()
     for group in block.groups:
         searched, learned = (
-            served_error(block, group, Pass(method=method).factors(block, group)) for method in ("search", "learn")
+            served_error(block, group)(Pass(method=method).factors(block, group)) for method in ("search", "learn")
         )
         assert learned <= searched
     group = block.groups[0]
     ones = torch.ones_like(group.stats.absmax)
-    assert served_error(block, group, learned_factors(block, group, ones)) < 0.5 * served_error(block, group, ones)
+    assert served_error(block, group)(learned_factors(block, group, ones)) < 0.5 * served_error(block, group)(ones)
