@@ -228,7 +228,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     versus = ["torch int4", "torch int8", "torch bf16", "ggml Q4_0", "ggml Q8_0"]
     out = Table(title=f"CPU kernels, torch {torch.__version__}, times are medians, ratios above 1 are faster")
-    for heading in ("ISA", "threads", "M", "N x K", "kernel", "ms", "TOPS", "GB/s", "of stream", *(f"vs {name}" for name in versus)):
+    headings = ("ISA", "threads", "M", "N x K", "kernel", "ms", "TOPS", "GB/s", "of stream")
+    for heading in (*headings, *(f"vs {name}" for name in versus)):
         out.add_column(heading, justify="left" if heading == "kernel" else "right")
     for row in rows:
         speed = row.get("speed_vs", {})
@@ -245,7 +246,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--n", type=int, default=4096, show_default=True, help="Out features.")
 @click.option("--k", type=int, default=4096, show_default=True, help="In features.")
 @click.option("--rounds", type=int, default=None, help="Rounds per token count. [25 for one token, else 9]")
-@click.option("--isa", multiple=True, type=click.Choice(library.ISAS), help="Instruction set of our kernels; repeat for several.")
+@click.option("--isa", multiple=True, type=click.Choice(library.ISAS), help="Of our kernels; repeat for several.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=None, help="Also write the rows to this file.")
 def main(
     threads: tuple[int, ...],
