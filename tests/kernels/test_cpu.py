@@ -128,7 +128,7 @@ def test_bfloat16_tokens_are_right_on_every_instruction_set(bits: int, group: in
             zero = {} if symmetric else {"weight_zero": torch.randint(0, 2**bits, (n, fmt.groups(k)), dtype=torch.uint8)}
             codes = Codes(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), {"weight_scale": scale} | zero)
             fields = fmt.pack(codes)
-            spec = MatmulSpec(n=n, k=k, format=fmt, activation="none", device="cpu")
+            spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cpu")
             kernel = weight_only.WeightOnly()
             prepared = kernel.prepare(fields, spec)
             weight = fmt.dequantize(codes).double()
