@@ -7,13 +7,16 @@ down slows all of them; medians over calls are printed. Up to 64 tokens find the
 enough copies to exceed the last-level cache several times. For one token a turn is eight calls, as a decoder calls one
 kernel layer after layer. `stream` is the yardstick of reading bandwidth: a C++ loop that only adds up memory, in huge pages
 and asking ahead as the kernels do, the fastest way found. The share of it that a kernel reaches counts every byte it stores.
-`torch sum` reads ordinary memory, as torch's own kernels do.
+`torch sum` reads ordinary memory, as torch's own kernels do. Groups have 128 weights, or 64 or 32 where 128 does not divide K.
+
+`--isa` times our kernels on a lower instruction set too, as LOWBIT_CPU_ISA would choose it; the rivals are not changed by it.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,17 +40,25 @@ from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
-GROUP = 128
+GROUPS = (128, 64, 32)  # weights per group: the first that divides K
 COLD_BYTES = 160 << 20  # of copies of one weight; several times the last-level cache of usual machines
 STREAM_BYTES = 16 << 20
 COLD_TOKENS = 64  # up to so many tokens a call finds its weights cold, as it does in a decoder
 Call = Callable[[], object]
 
 
+def group_of(k: int) -> int:
+    """The group length that is measured. Raises ValueError where K has none."""
+    group = next((group for group in GROUPS if k % group == 0), None)
+    if group is None:
+        raise ValueError(f"k {k} is not a multiple of {GROUPS[-1]}, the shortest group of the comparison; give a multiple")
+    return group
+
+
 def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
     """A valid random [n, k] weight in `fmt` (int4_dual or int_group)."""
-    groups = k // GROUP
     if isinstance(fmt, Int4Dual):
+        groups = k // fmt.group
         scale = torch.full((n, groups), 8, dtype=torch.uint8)
         params = {"group_scale": scale, "group_offset": torch.full((n, groups), -64, dtype=torch.int8)}
         return fmt.pack(Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params | {"row_scale": torch.rand(n)}))
@@ -73,11 +84,11 @@ def rotating(function: Callable[..., object], weights: Sequence[tuple[Tensor, ..
 
 def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
     """Name -> (call, bytes of weight it reads) of every C++ kernel that does not refuse."""
-    x = torch.randn(m, k).bfloat16()
+    x, group = torch.randn(m, k).bfloat16(), group_of(k)
     problems: list[tuple[Format, Activation]] = [
-        (Int4Dual(group=GROUP), Int8Token()),
+        (Int4Dual(group=group), Int8Token()),
         (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
-        *((IntGroup(bits=bits, group=GROUP, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
+        *((IntGroup(bits=bits, group=group, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
     ]
     out = {}
     for fmt, activation in problems:
@@ -112,13 +123,13 @@ def placed(kernel: dispatch.Kernel, prepared: dispatch.Prepared) -> dispatch.Pre
 def rivals(m: int, n: int, k: int, threads: int) -> dict[str, tuple[Call, int]]:
     """The same for torch's and ggml's kernels, and for plain reading."""
     x, q = torch.randn(m, k).bfloat16(), torch.randint(-127, 128, (m, k), dtype=torch.int8)
-    cold = m <= COLD_TOKENS
+    cold, group = m <= COLD_TOKENS, group_of(k)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(0, 16, (n, k), dtype=torch.int32), 1)
-    scales = torch.rand(k // GROUP, n, 2).bfloat16()
+    scales = torch.rand(k // group, n, 2).bfloat16()
     int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
     out: dict[str, tuple[Call, int]] = {
         "torch int4": (
-            rotating(lambda w, s: int4(x, w, GROUP, s), copies_of((packed, scales), cold)),
+            rotating(lambda w, s: int4(x, w, group, s), copies_of((packed, scales), cold)),
             packed.nbytes + scales.nbytes,
         ),
         "torch bf16": (
@@ -160,18 +171,25 @@ def measure(calls: dict[str, Call], rounds: int, burst: int) -> dict[str, float]
 
 @torch.no_grad()
 def kernel_speed(
-    *, tokens: tuple[int, ...] = (1, 512), n: int = 4096, k: int = 4096, threads: int = 1, rounds: int | None = None
+    *,
+    tokens: tuple[int, ...] = (1, 512),
+    n: int = 4096,
+    k: int = 4096,
+    threads: int = 1,
+    rounds: int | None = None,
+    isa: str | None = None,
 ) -> list[dict[str, Any]]:
     """One row per kernel and token count: median milliseconds, GB/s of weights, speed relative to each rival.
 
-    Raises ValueError where the C++ kernels are not built or K is no multiple of 128.
+    `isa`: the instruction set of our kernels, by default what LOWBIT_CPU_ISA says or else the best.
+    Raises ValueError where the C++ kernels are not built, 32 does not divide K, or this processor lacks `isa`.
     """
-    if k % GROUP:
-        raise ValueError(f"k {k} is not a multiple of {GROUP}, the group length of the comparison; give a multiple")
+    group_of(k)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows = []
     try:
+        used = use_isa(isa)
         for m in tokens:
             candidates = ours(m, n, k) | rivals(m, n, k, threads)
             counted, burst = rounds or (25 if m == 1 else 9), 8 if m == 1 else 1
@@ -179,7 +197,7 @@ def kernel_speed(
             stream = candidates["stream"][1] / times["stream"]
             for name, seconds in times.items():
                 bandwidth = candidates[name][1] / seconds
-                row = {"threads": threads, "m": m, "n": n, "k": k, "kernel": name, "ms": seconds * 1e3}
+                row = {"isa": used, "threads": threads, "m": m, "n": n, "k": k, "kernel": name, "ms": seconds * 1e3}
                 row |= {"weight_gb_s": bandwidth / 1e9, "of_stream": bandwidth / stream}
                 if name not in ("stream", "torch sum"):
                     row["tops"] = 2e-12 * m * n * k / seconds
@@ -188,19 +206,35 @@ def kernel_speed(
                 rows.append(row)
     finally:
         torch.set_num_threads(before)
+        if isa is not None:
+            use_isa(None)
     return rows
+
+
+def use_isa(isa: str | None) -> str:
+    """Make our kernels use `isa`, or with None what a new process would; which one it is. Raises ValueError."""
+    wanted = isa or os.environ.get("LOWBIT_CPU_ISA")
+    try:
+        loaded = library.load()
+    except library.Unavailable as error:
+        raise ValueError(str(error)) from error
+    if not wanted:
+        return library.select_best(loaded)
+    library.select(loaded, wanted)
+    return wanted
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
     versus = ["torch int4", "torch int8", "torch bf16", "ggml Q4_0", "ggml Q8_0"]
     out = Table(title=f"CPU kernels, torch {torch.__version__}, times are medians, ratios above 1 are faster")
-    for heading in ("threads", "M", "N x K", "kernel", "ms", "TOPS", "GB/s", "of stream", *(f"vs {name}" for name in versus)):
+    headings = ("ISA", "threads", "M", "N x K", "kernel", "ms", "TOPS", "GB/s", "of stream")
+    for heading in (*headings, *(f"vs {name}" for name in versus)):
         out.add_column(heading, justify="left" if heading == "kernel" else "right")
     for row in rows:
         speed = row.get("speed_vs", {})
         ratios = [f"{speed[name]:.2f}" if name in speed else "" for name in versus]
-        size = (str(row["threads"]), str(row["m"]), f"{row['n']} x {row['k']}", row["kernel"], f"{row['ms']:.3f}")
+        size = (row["isa"], str(row["threads"]), str(row["m"]), f"{row['n']} x {row['k']}", row["kernel"], f"{row['ms']:.3f}")
         tops = f"{row['tops']:.3f}" if "tops" in row else ""
         out.add_row(*size, tops, f"{row['weight_gb_s']:.1f}", f"{row['of_stream']:.0%}", *ratios)
     return out
@@ -212,14 +246,28 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--n", type=int, default=4096, show_default=True, help="Out features.")
 @click.option("--k", type=int, default=4096, show_default=True, help="In features.")
 @click.option("--rounds", type=int, default=None, help="Rounds per token count. [25 for one token, else 9]")
+@click.option("--isa", multiple=True, type=click.Choice(library.ISAS), help="Of our kernels; repeat for several.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=None, help="Also write the rows to this file.")
-def main(threads: tuple[int, ...], tokens: tuple[int, ...], n: int, k: int, rounds: int | None, file: Path | None) -> None:
+def main(
+    threads: tuple[int, ...],
+    tokens: tuple[int, ...],
+    n: int,
+    k: int,
+    rounds: int | None,
+    isa: tuple[str, ...],
+    file: Path | None,
+) -> None:
     """Times the C++ kernels beside torch's int4, int8 and bfloat16 matmuls."""
     try:
-        rows = [row for t in threads for row in kernel_speed(tokens=tokens, n=n, k=k, threads=t, rounds=rounds)]
+        rows = [
+            row
+            for name in isa or (None,)
+            for t in threads
+            for row in kernel_speed(tokens=tokens, n=n, k=k, threads=t, rounds=rounds, isa=name)
+        ]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    Console(width=150).print(table(rows))
+    Console(width=160).print(table(rows))
     if file:
         file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

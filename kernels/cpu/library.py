@@ -71,7 +71,7 @@ def load() -> ctypes.CDLL:
     if wanted:
         select(library, wanted)
     else:
-        next(isa for isa in reversed(range(len(ISAS))) if library.lowbit_select(isa) == 0)
+        select_best(library)
     return library
 
 
@@ -82,6 +82,11 @@ def available() -> bool:
     except Unavailable:
         return False
     return True
+
+
+def select_best(library: ctypes.CDLL) -> str:
+    """Make all kernels use the best instruction set of this processor, and say which."""
+    return ISAS[next(isa for isa in reversed(range(len(ISAS))) if library.lowbit_select(isa) == 0)]
 
 
 def select(library: ctypes.CDLL, isa: str) -> None:

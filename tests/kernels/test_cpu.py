@@ -114,6 +114,37 @@ def test_every_instruction_set_gives_the_same(m: int) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("group", [16, 96, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bfloat16_tokens_are_right_on_every_instruction_set(bits: int, group: int) -> None:
+    """Tokens that vdpbf16ps multiplies as they are, in poisoned panels: rows and k that fill no unit, all numbers of tokens."""
+    lib = library.load()
+    available = [isa for number, isa in enumerate(library.ISAS) if lib.lowbit_select(number) == 0]
+    n, k = 40, 1056 if group != -1 else 1032
+    try:
+        for symmetric in (True, False):
+            fmt = IntGroup(bits=bits, group=group, symmetric=symmetric)
+            scale = torch.rand(n, fmt.groups(k)).to(fmt.scale_dtype)
+            zero = {} if symmetric else {"weight_zero": torch.randint(0, 2**bits, (n, fmt.groups(k)), dtype=torch.uint8)}
+            codes = Codes(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), {"weight_scale": scale} | zero)
+            fields = fmt.pack(codes)
+            spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cpu")
+            kernel = weight_only.WeightOnly()
+            prepared = kernel.prepare(fields, spec)
+            weight = fmt.dequantize(codes).double()
+            for m in (1, 2, 3, 4, 5, 17, 64):
+                x = torch.randn(m, k).bfloat16()
+                wanted = x.double() @ weight.t()
+                for isa in available:
+                    library.select(lib, isa)
+                    kernel.matmul(torch.full((m, k), torch.nan).bfloat16(), prepared, None, spec)  # scratch full of NaN
+                    y = kernel.matmul(x, prepared, None, spec)
+                    assert (y.double() - wanted).norm() < 2.5e-3 * wanted.norm(), (isa, m, symmetric)
+    finally:
+        library.select(lib, available[-1])
+
+
+@needs_library
 @pytest.mark.parametrize("m", [1, 30, 500])
 @pytest.mark.usefixtures("_threads")
 def test_thread_count_does_not_change_the_result(m: int) -> None:
@@ -126,10 +157,10 @@ def test_thread_count_does_not_change_the_result(m: int) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("k", [64, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_activation_codes_are_bit_exact(dtype: torch.dtype) -> None:
+def test_activation_codes_are_bit_exact(dtype: torch.dtype, k: int) -> None:
     """An identity weight lets the kernel's own token codes and scale out."""
-    k = 64
     x = torch.randn(40, k) * torch.logspace(-8, 4, 40).unsqueeze(-1)
     x[3] = torch.arange(k) - 31.5  # many values half-way between two codes
     x[3, 0] = 127

@@ -109,7 +109,16 @@ def test_quantization_is_compiled_without_fused_multiply_add(dtype):
 
 
 @pytest.mark.parametrize(
-    "key", ["dual4/64/1/int8", "bytes8/128/1/int8", "int2/64/2/fp16", "int3/16/1/bf16", "int4/64/1/bf16", "int8/128/1/fp16"]
+    "key",
+    [
+        "dual4/64/1/int8",
+        "dual4_pair/32/2/int8",
+        "bytes8/128/1/int8",
+        "int2/64/2/fp16",
+        "int3/16/1/bf16",
+        "int4/64/1/bf16",
+        "int8/128/1/fp16",
+    ],
 )
 def test_the_twins_compile_for_amd(key):
     """Only that they compile: `refuses` keeps AMD devices on other kernels until one has run them."""

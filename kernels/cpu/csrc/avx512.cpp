@@ -41,9 +41,9 @@ struct Many : S {
 
     static void many(const Problem& p, int64_t block, const Panel<int32_t>* panels, int count, int32_t* out) {
         alignas(64) uint8_t buffer[kRows * kSlice];
-        const int64_t kp = S::padded(p);
-        for (int64_t k0 = 0; k0 < kp; k0 += kSlice) {
-            const int64_t k1 = min64(k0 + kSlice, kp);
+        const int64_t kp = S::padded(p), size = round_up(ceil_div(kp, ceil_div(kp, kSlice)), 8);  // equal slices
+        for (int64_t k0 = 0; k0 < kp; k0 += size) {
+            const int64_t k1 = min64(k0 + size, kp);
             const uint8_t* w = S::slice(p, block, k0, k1, buffer);
             for (int i = 0; i < count; i++)
                 dot_dispatch<kWidth>(panels[i].tokens, w, (const int8_t*)panels[i].data + k0 * panels[i].tokens, (k1 - k0) / 4,

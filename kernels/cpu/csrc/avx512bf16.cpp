@@ -1,6 +1,6 @@
 // Weight-only kernels for AVX-512 with BF16. vdpbf16ps multiplies pairs of bfloat16, exactly, and adds to a float32 lane.
-// Only many bfloat16 tokens take this way: wider tokens would need two or three terms, which float32 units beat.
-#include "avx512unpack.h"
+// Only bfloat16 tokens take this way: wider ones would need two or three terms, which float32 units beat.
+#include "avx512pairs.h"
 
 namespace {
 
@@ -10,13 +10,8 @@ struct Bf16Engine {
     static constexpr int64_t kSlice = 256, kAlign = 8;
     static int64_t panel_bytes(int64_t columns) { return 2 * columns; }
 
-    // [K / 2, tokens, 2]
     static void put(const float* values, int64_t columns, int t, const Panel<float>& panel) {
-        uint16_t* out = (uint16_t*)panel.data + 2 * t;
-        for (int64_t i = 0; i < columns; i += 2, out += 2 * panel.tokens) {
-            out[0] = (uint16_t)(bits_of(values[i]) >> 16);
-            out[1] = (uint16_t)(bits_of(values[i + 1]) >> 16);
-        }
+        put_pairs(values, columns, t, panel);
     }
 
     template <int BITS>
@@ -35,9 +30,7 @@ struct Bf16Engine {
             const __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 32);
 #pragma GCC unroll 16
             for (int t = 0; t < MT; t++) {
-                int32_t pair;
-                memcpy(&pair, x + 2 * t, 4);
-                const __m512i b = _mm512_set1_epi32(pair);
+                const __m512i b = broadcast_pair(x + 2 * t);
                 part[t][0] = fma(part[t][0], w0, b);
                 part[t][1] = fma(part[t][1], w1, b);
             }
@@ -57,7 +50,7 @@ struct Bf16Engine {
 };
 
 template <int BITS>
-using Kernel = WeightOnly<BITS, Bf16Engine>;
+using Kernel = WeightOnly<BITS, Bf16Engine, FewPairs<BITS>>;
 
 }  // namespace
 

@@ -6,13 +6,11 @@
 // scale and offset are applied once per group: acc += s2 * sum(u * q) + o * sum(q). Everything stays in int32.
 // Many tokens: w8 + 128 is the unsigned operand, and 128 * sum(q) is taken off each token at the end.
 #pragma once
-#include <immintrin.h>
-
-#include "driver.h"
+#include "avx512tokens.h"
 
 namespace {
 
-constexpr int kSlice = 512;  // k per unpacked slice: 32 rows x 512 bytes fill a third of the L1 cache
+constexpr int kSlice = 576;  // most k per unpacked slice: 32 rows x 576 bytes are a third to a half of the L1 cache
 
 inline __m512i broadcast4(const int8_t* x) {
     int32_t v;
@@ -32,7 +30,7 @@ inline void take_off_shift(const Problem& p, const Panel<int32_t>* panels, int c
         }
 }
 
-struct A8W4 : IntegerPanels {
+struct A8W4 : Avx512Panels {
     static constexpr bool kPairs = true;
 
     template <int MT, int B>
@@ -119,7 +117,7 @@ struct A8W4 : IntegerPanels {
     }
 };
 
-struct W8A8 : IntegerPanels {
+struct W8A8 : Avx512Panels {
     static constexpr bool kPairs = true;
 
     template <int MT, int B>

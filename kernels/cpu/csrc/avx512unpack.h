@@ -4,6 +4,21 @@
 
 namespace {
 
+inline __m512i broadcast_pair(const void* x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return _mm512_set1_epi32(pair);
+}
+
+// float32 [columns] that bfloat16 holds -> token t of a panel [columns / 2, tokens, 2].
+inline void put_pairs(const float* values, int64_t columns, int t, const Panel<float>& panel) {
+    uint16_t* out = (uint16_t*)panel.data + 2 * t;
+    for (int64_t i = 0; i < columns; i += 2, out += 2 * panel.tokens) {
+        out[0] = (uint16_t)(bits_of(values[i]) >> 16);
+        out[1] = (uint16_t)(bits_of(values[i + 1]) >> 16);
+    }
+}
+
 // bfloat16 of code - center for every 5-bit index, of which only the low bits are the code.
 template <int BITS>
 inline __m512i bf16_table() {

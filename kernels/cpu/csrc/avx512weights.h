@@ -181,19 +181,19 @@ struct Stretch {
     bool ends;        // the group ends here
 };
 
-template <int BITS, class Engine>
-struct WeightOnly : Few<BITS> {
+template <int BITS, class Engine, class FewTokens = Few<BITS>>
+struct WeightOnly : FewTokens {
     using S = Stored<BITS>;
     using Element = typename Engine::Element;
     static constexpr int kWidth = Engine::kWidth;
 
     static int64_t padded_length(const Problem& p) { return round_up(S::length(p), Engine::kAlign); }
     static int64_t panel_bytes(const Problem& p, bool many) {
-        return many ? Engine::panel_bytes(p.k / p.group * padded_length(p)) : Few<BITS>::panel_bytes(p, many);
+        return many ? Engine::panel_bytes(p.k / p.group * padded_length(p)) : FewTokens::panel_bytes(p, many);
     }
 
     static void gather(const Problem& p, const char* row, int t, const Panel<float>& panel) {
-        if (!panel.many) return Few<BITS>::gather(p, row, t, panel);
+        if (!panel.many) return FewTokens::gather(p, row, t, panel);
         static thread_local Scratch buffer;
         const float* values = FloatPanels<BITS>::values_of(p, row, t, panel);
         const int64_t groups = p.k / p.group, length = S::length(p), to = padded_length(p);
