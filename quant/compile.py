@@ -21,7 +21,7 @@ from quant.folds import BlockView, InputGroup
 from quant.kernels.format import Codes, Fields
 from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
-from quant.models import Weights
+from quant.models import Weights, require_finite
 from quant.passes.base import BasePass, Corrector, Quantizer, Transform
 from quant.plan import COMPUTE, Plan
 from quant.search import output_error
@@ -272,12 +272,6 @@ def materialize(
             raise ValueError(f"{full} is {list(value.shape)} on disk; config.json asks for {list(old.shape)}")
         require_finite(full, value)
         owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
-
-
-def require_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError, naming the tensor, for a NaN or an infinity."""
-    if not value.isfinite().all():
-        raise ValueError(f"{name} holds a NaN or an infinity; repair the checkpoint before quantizing it")
 
 
 def release(module: nn.Module, params: list[str]) -> None:

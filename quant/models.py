@@ -220,6 +220,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def require_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError, naming the tensor, for a NaN or an infinity."""
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds a NaN or an infinity; repair the checkpoint before quantizing it")
+
+
 class Weights:
     """The tensors of a model folder by name; nothing is read or mapped before `read`.
 

@@ -1,4 +1,4 @@
-"""The plan: everything that is known before the first weight is read, down to the byte."""
+"""The plan: everything that is known before the first block is quantized, down to the byte."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from quant.embedding import Head, packable
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.models import Entry, Weights, index, resolve
 from quant.recipe import Recipe
+from quant.refine import refined
 from quant.stacks import Stack, disk_names, empty_model, find_stacks, match_names, unfilled
 from quant.targets import Selection, Target, select
 
@@ -120,7 +121,10 @@ class Plan:
 
 
 def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
-    """Resolve a model and apply a recipe to it; reads headers only. Raises ValueError for whatever cannot be done."""
+    """Resolve a model and apply a recipe to it. Raises ValueError for whatever cannot be done.
+
+    Reads headers only, unless a pass chooses formats from the weights; its choices are rules of the plan's recipe.
+    """
     source = resolve(given, say)
     model = empty_model(source)
     stacks = find_stacks(model)
@@ -138,6 +142,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     absent = unfilled(model, disk)
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
+    recipe, selection = refined(recipe, selection, Weights(source), disk)
     return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
 
 

@@ -21,7 +21,7 @@ def megabytes(count: int) -> str:
 
 
 def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
-    """What a run would do; nothing was read but headers."""
+    """What a run would do."""
     from quant.forecast import peak_memory_bytes
 
     recipe = plan.recipe

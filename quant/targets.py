@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,7 +23,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # serving st
 
 @dataclass(frozen=True)
 class Target:
-    """One linear to pack. note: what differs from the recipe and why."""
+    """One linear to pack. note: what differs from the recipe and why. pinned: a rule gives its format."""
 
     name: str
     n: int
@@ -32,6 +32,7 @@ class Target:
     format: Format
     activation: Activation
     note: str = ""
+    pinned: bool = False
 
     def fields(self) -> dict[str, Field]:
         """Name -> shape and dtype of every stored tensor."""
@@ -73,7 +74,7 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
             if head is None or name != head.linear:
                 kept[name] = "outside the blocks (head or projector)"
             continue
-        index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if fnmatchcase(name, r.match)), (-1, None))
+        index, rule = matching(recipe.rules, name)
         used.add(index)
         if rule is not None and rule.skip:
             kept[name] = f"rule {rule.match!r}"
@@ -87,6 +88,11 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
         raise ValueError(f"recipe {recipe.name} leaves every layer in float; its rules skip all of them")
     require_fused(targets, kept)
     return Selection(targets, kept, head, table)
+
+
+def matching(rules: Sequence[Rule], name: str) -> tuple[int, Rule | None]:
+    """The first rule that matches a layer's name, and its place; (-1, None) where none does."""
+    return next(((i, rule) for i, rule in enumerate(rules) if fnmatchcase(name, rule.match)), (-1, None))
 
 
 def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
@@ -123,16 +129,32 @@ def target_for(
         fmt = from_config({**(base.config() if same else {}), **rule.format})
     advice = f"add the rule {{match: {name}, skip: true}} or {{match: {name}, format: {{group: -1}}}}"
     fmt, note = fitted(name, fmt, k, advice)
-    reason = fmt.refuses(n, k) or quantizer.refuses(fmt)
-    if reason:
-        raise ValueError(f"{name} cannot be quantized: {reason}")
     block = largest_block(activation.rotate, k)
     if block != activation.rotate:
         note = "; ".join(filter(None, [note, f"rotated in blocks of {block}: {activation.rotate} does not divide K = {k}"]))
         activation = replace(activation, rotate=block if block > 1 else 0)
-    if reason := activation.refuses(k):
+    pinned = rule is not None and bool(rule.format)
+    target = Target(name, n, k, module.bias is not None, fmt, activation, note, pinned)
+    reason = refusal(target, quantizer)
+    if reason:
         raise ValueError(f"{name} cannot be quantized: {reason}")
-    return Target(name, n, k, module.bias is not None, fmt, activation, note)
+    return target
+
+
+def refusal(target: Target, quantizer: Quantizer) -> str | None:
+    """Why this layer cannot be stored, or written by this quantizer, in its scheme; None where it can."""
+    stored = target.format.refuses(target.n, target.k) or quantizer.refuses(target.format)
+    return stored or target.activation.refuses(target.k)
+
+
+def families(targets: Mapping[str, Target]) -> list[list[Target]]:
+    """The targets in sets that must share one scheme because serving stacks fuse them; most sets hold one layer."""
+    found: dict[tuple[str, ...], list[Target]] = {}
+    for name, target in targets.items():
+        parent, _, leaf = name.rpartition(".")
+        family = next((f"{parent}.{mates[0]}" for mates in FUSED if leaf in mates), name)
+        found.setdefault((family, str(target.k)), []).append(target)
+    return list(found.values())
 
 
 def require_fused(targets: dict[str, Target], kept: Iterable[str]) -> None:
