@@ -23,7 +23,8 @@ from quant.kernels import activation
 from quant.kernels.activation import Activation
 from quant.kernels.format import Format, from_config
 from quant.models import DTYPES, Entry, entry_bytes, read_json
-from quant.stacks import PACKED, match_names
+from quant.naming import match
+from quant.stacks import PACKED
 from quant.targets import Target
 
 METHOD = "lowbit"
@@ -219,7 +220,7 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
     """
     layers = packable(model)
     # any field of a layer tells its name, so one that lost its codes is still found
-    on_disk = match_names(layers, {name.rpartition(".")[0] for name in tensors}, least=1)
+    on_disk = match(model, layers, {name.rpartition(".")[0] for name in tensors}, least=1, suffix=".weight")
     shapes = {on_disk.get(name, name): size_of(module) for name, module in layers.items()}
     for name, (n, k) in shapes.items():
         scheme = scheme_of(section, name)

@@ -31,7 +31,10 @@ from quant.workspace import Workspace
 
 @dataclass(frozen=True)
 class LayerReport:
-    """error, rtn_error: relative output error sqrt(d^T H d / w^T H w) of the result and of round-to-nearest."""
+    """error, rtn_error: relative output error sqrt(d^T H d / w^T H w) of the result and of round-to-nearest.
+
+    tokens: calibration tokens that the layer saw. data: False for an expert that saw too few, whose errors are of its weights.
+    """
 
     name: str
     format: dict[str, Any]
@@ -42,6 +45,7 @@ class LayerReport:
     tokens: int
     token_absmax_99: float
     note: str
+    data: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def run_block(
     targets = {n: t for n, t in plan.targets.items() if n.startswith(f"{name}.")}
 
     running = copy.deepcopy(block).to(COMPUTE)
-    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples)
+    least = plan.recipe.calibration.expert_tokens
+    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples, least)
     del running
 
     view = BlockView(
@@ -200,6 +205,7 @@ def quantize_members(
             stats.tokens,
             stats.token_quantile(0.99),
             target.note,
+            stats.data,
         )
         mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
         out.append((target, fmt.pack(mine) | inputs, report))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -233,9 +233,10 @@ class Weights:
     process, holds the file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entries: Mapping[str, Entry] | None = None) -> None:
+        """entries: what to read under which name; None: the folder's tensors."""
         self.folder = folder
-        self._entries = index(folder)
+        self._entries = index(folder) if entries is None else entries
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -15,9 +15,10 @@ from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme
 from quant.embedding import Head, packable
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.models import Entry, Weights, index, resolve
+from quant.naming import experts_apart, match_names
 from quant.recipe import Recipe
 from quant.refine import refined
-from quant.stacks import Stack, disk_names, empty_model, find_stacks, match_names, unfilled
+from quant.stacks import Stack, disk_names, empty_model, find_stacks, unfilled
 from quant.targets import Selection, Target, select
 
 COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
@@ -25,7 +26,10 @@ COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
 
 @dataclass
 class Plan:
-    """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk."""
+    """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk.
+
+    tensors: the source's, experts that it stores together shown apart.
+    """
 
     given: str
     source: Path
@@ -55,7 +59,7 @@ class Plan:
 
     def weights(self) -> Weights:
         """The source's tensors."""
-        return Weights(self.source)
+        return Weights(self.source, self.tensors)
 
     def layer_on_disk(self, name: str) -> str:
         """A layer's name as the source checkpoint spells it."""
@@ -129,7 +133,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     model = empty_model(source)
     stacks = find_stacks(model)
     selection = select(model, stacks, recipe)
-    tensors = index(source)
+    tensors = experts_apart(model, index(source))
     disk = disk_names(model, tensors)
     if selection.head is not None:
         require_one_table(selection.head, disk, tensors)
@@ -142,7 +146,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     absent = unfilled(model, disk)
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
-    recipe, selection = refined(recipe, selection, Weights(source), disk)
+    recipe, selection = refined(recipe, selection, Weights(source, tensors), disk)
     return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
 
 

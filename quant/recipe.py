@@ -23,11 +23,15 @@ class Frozen(BaseModel):
 
 
 class Calibration(Frozen):
-    """How much data: `tokens` in windows of `length` for text, `clips` for audio. source: as `--calib`."""
+    """How much data: `tokens` in windows of `length` for text, `clips` for audio. source: as `--calib`.
+
+    expert_tokens: an expert that sees fewer is quantized from its weights alone.
+    """
 
     tokens: int = Field(default=32768, ge=1)
     length: int = Field(default=512, ge=8)
     clips: int = Field(default=40, ge=1)
+    expert_tokens: int = Field(default=128, ge=1)
     source: str | None = None
 
 

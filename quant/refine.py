@@ -16,7 +16,7 @@ from quant.kernels.rotation import by_matrix
 from quant.models import Weights, require_finite
 from quant.passes.base import Refiner
 from quant.recipe import Recipe, Rule
-from quant.targets import Selection, Target, families, matching, refusal
+from quant.targets import OUTSIDE, Selection, Target, families, matching, refusal
 
 
 def refined(recipe: Recipe, selection: Selection, weights: Weights, disk: Mapping[str, str]) -> tuple[Recipe, Selection]:
@@ -50,10 +50,11 @@ def refined(recipe: Recipe, selection: Selection, weights: Weights, disk: Mappin
 
 
 def resolved(recipe: Recipe, selection: Selection) -> Recipe:
-    """The recipe with rules that give every target its scheme as it now is, and skip what the old rules skip."""
-    skipped = [Rule(match=name, skip=True) for name in selection.kept if is_skipped(recipe, name)]
+    """The recipe with rules that give every target its scheme as it now is, and that skip what stays in float."""
     schemes = [Rule(**rule) for rule in rules_for(selection.targets)]
-    return recipe.model_copy(update={"rules": (*skipped, *schemes)})
+    inside = [name for name, why in selection.kept.items() if why != OUTSIDE]
+    skipped = [name for name in inside if is_skipped(recipe, name) or matching(schemes, name)[1]]
+    return recipe.model_copy(update={"rules": (*(Rule(match=name, skip=True) for name in skipped), *schemes)})
 
 
 def is_skipped(recipe: Recipe, name: str) -> bool:

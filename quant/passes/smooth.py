@@ -43,7 +43,7 @@ class Pass(Transform):
             leaves = {name.rpartition(".")[2] for name in group.names}
             if (self.only and not leaves & set(self.only)) or leaves & set(self.skip):
                 continue
-            reason = view.fold(group, self.factors(view, group))
+            reason = view.fold(group, self.factors(view, group)) if group.stats.data else "too few calibration tokens"
             if reason:
                 refused[group.names[0]] = reason
         return refused
