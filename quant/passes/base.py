@@ -1,7 +1,8 @@
 """The kinds of pass, each with a promise that its test asserts.
 
-A Refiner chooses formats before the run. A Transform changes weights but not the float output of a block. A Corrector changes what the quantizer aims at. A
-Quantizer turns weight and statistics into Codes and never does worse than round-to-nearest on the error it minimizes.
+A Refiner chooses formats before the run. A Transform changes weights but not the float output of a block. A Corrector
+changes what the quantizer aims at. A Quantizer turns weight and statistics into Codes and never does worse than
+round-to-nearest on the error it minimizes.
 A pass is one file here, named as in the recipe, holding a class `Pass`; its options are its pydantic fields.
 """
 
