@@ -186,7 +186,12 @@ def quantize_members(
             aim = step.correct(aim, stats)
     (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
     codes = quantizer.quantize(aim, stats, fmt)
-    inputs = activation.fit(torch.cat(stats.rows), stats.absmax)
+    inputs = activation.fit(torch.cat(stats.rows), stats.absmax) if stats.data else {}
+    if inputs.keys() != activation.fields(members[0].k).keys():
+        raise ValueError(
+            f"{members[0].name} saw {stats.tokens} calibration tokens, too few for activation {activation}; "
+            "give more calibration.tokens or an activation rule that measures tokens as they come"
+        )
     lost, lost_rtn = aim - fmt.dequantize(codes), aim - fmt.dequantize(fmt.nearest(aim))
     out = []
     at = 0
