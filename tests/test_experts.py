@@ -295,6 +295,32 @@ def test_all_experts_of_a_layer_are_one_family(folder: Callable[[str], Path]) ->
     assert "model.layers.0.mlp.shared_expert_gate" in plan.targets
 
 
+def test_finequant_gives_all_experts_of_a_layer_what_one_of_them_needs(
+    folder: Callable[[str], Path], tiny: ModuleType, tmp_path: Path
+) -> None:
+    import shutil
+
+    source = shutil.copytree(folder("Qwen3Moe"), tmp_path / "float")
+    odd = "model.layers.1.mlp.experts.3.up_proj"
+
+    def plant(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{odd}.weight"][:, 5] *= 40
+
+    sets = [*tiny.SMALL, "finequant.smallest=16"]
+    before = make_plan(str(source), load_recipe("finequant", sets)).targets
+    tiny.rewrite(source, plant)
+    plan = make_plan(str(source), load_recipe("finequant", sets))
+    for name, target in plan.targets.items():
+        assert (target.format == before[name].format) == (target.family != plan.targets[odd].family), name
+    assert {t.format for t in plan.targets.values() if t.family == plan.targets[odd].family} == {plan.targets[odd].format}
+    model = quant.quantize(source, "finequant", tmp_path / "out", overrides=sets)
+    assert (tmp_path / "out/model.safetensors").stat().st_size == plan.bytes_on_disk()
+    experts = stacks_of(model)["model.layers.1.mlp.experts"]
+    hidden, picked, weights = route(30, 4)
+    given, wanted = experts.float()(hidden, picked, weights), loop(experts, hidden, picked, weights)
+    assert float((given.double() - wanted).norm()) < 1e-5 * float(wanted.norm())
+
+
 def test_experts_left_in_float_load_beside_packed_ones(folder: Callable[[str], Path], tiny: ModuleType, tmp_path: Path) -> None:
     for kind in ("Mixtral", "GraniteMoe"):
         sets = [*tiny.SMALL, 'rules=[{match: "*.1.*.experts.*", skip: true}]']
