@@ -137,13 +137,15 @@ def stacks_of(model: nn.Module) -> dict[str, Experts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
-def still_stacked(model: nn.Module) -> dict[str, str]:
-    """3-D expert parameters that stay in float, with the reason."""
+def still_stacked(model: nn.Module, inside: tuple[str, ...]) -> dict[str, str]:
+    """3-D weights below the prefixes `inside` that stay in float, with the reason."""
+    reasons = {name: str(reason) for name, (_, reason) in stacked(model).items()}
     return {
-        f"{name}.{param}": str(reason)
-        for name, (module, reason) in stacked(model).items()
-        for param in module._parameters
-        if param in PARTS
+        f"{name}.{param}": reasons.get(name, "a 3-D weight of a module that is not known to hold experts")
+        for name, module in model.named_modules()
+        if name.startswith(inside) and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+        for param, value in module._parameters.items()
+        if value is not None and value.dim() == 3 and value.shape[0] > 1
     }
 
 

@@ -99,7 +99,7 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
     if not targets:
         raise ValueError(f"recipe {recipe.name} leaves every layer in float; its rules skip all of them")
     require_fused(targets, {name: family_of(name, experts) for name in kept})
-    return Selection(targets, {**kept, **still_stacked(model)}, head, table)
+    return Selection(targets, {**kept, **still_stacked(model, blocks)}, head, table)
 
 
 def matching(rules: Sequence[Rule], name: str) -> tuple[int, Rule | None]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import quant
 from quant.calibrate import Chain, Sample, capture
-from quant.experts import Experts, refuses, routed, routers, stacks_of, unstack
+from quant.experts import Experts, refuses, routed, routers, stacks_of, still_stacked, unstack
 from quant.linear import PackedLinear
 from quant.models import Weights, index
 from quant.plan import make_plan
@@ -331,6 +331,16 @@ def test_experts_left_in_float_load_beside_packed_ones(folder: Callable[[str], P
         kept = second.get_submodule("2.up_proj").weight
         assert any(torch.equal(kept.float(), p[2, 96:]) for p in stacks if p.shape[1] == 192)
         assert model(torch.randint(0, 320, (1, 9))).logits.isfinite().all()
+
+
+def test_other_weights_of_three_dimensions_are_named() -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3))
+    block.mixture = nn.Module()
+    block.mixture.weight = nn.Parameter(torch.zeros(2, 4, 4))
+    block.place = nn.Parameter(torch.zeros(1, 8, 4))
+    model = nn.ModuleList([block])
+    assert set(still_stacked(model, ("0.",))) == {"0.mixture.weight"}
+    assert not still_stacked(model, ("1.",))
 
 
 def test_experts_of_another_build_stay_in_float_and_are_named(tmp_path: Path, tiny: ModuleType) -> None:
