@@ -94,8 +94,9 @@ class Plan:
 
     def config_section(self) -> dict[str, Any]:
         """The quantization_config that goes into config.json."""
-        layers = {self.layer_on_disk(name): target for name, target in self.packed.items()}
-        rest = [name for name in packable(self.model) if name not in self.packed]
+        packed = self.packed
+        layers = {self.layer_on_disk(name): target for name, target in packed.items()}
+        rest = [name for name in packable(self.model) if name not in packed]
         kept = [self.layer_on_disk(name) for name in rest if f"{name}.weight" in self.disk]
         section = quantization_config(layers, [])
         section["float"] = [name for name in kept if scheme_of(section, name)]
