@@ -12,6 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -73,6 +74,7 @@ def register(cls: A) -> A:
     return cls
 
 
+@cache
 def load_all() -> dict[str, type[Activation]]:
     """Import every file in `activations/` and return the registry."""
     from quant.kernels import activations

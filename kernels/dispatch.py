@@ -12,6 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
@@ -89,14 +90,20 @@ def register(cls: C) -> C:
     return cls
 
 
-def load_all() -> list[Kernel]:
-    """Import every kernel file; the registry in order of preference."""
+@cache
+def import_all() -> None:
+    """Import every kernel file."""
     from quant.kernels import cpu, gpu, reference
 
     assert reference.Reference.name in KERNELS
     for package in (cpu, gpu):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def load_all() -> list[Kernel]:
+    """The registry in order of preference."""
+    import_all()
     return sorted(KERNELS.values(), key=lambda kernel: -kernel.priority)
 
 

@@ -14,6 +14,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, dtype
@@ -118,6 +119,7 @@ def register(cls: F) -> F:
     return cls
 
 
+@cache
 def load_all() -> dict[str, type[Format]]:
     """Import every file in `formats/` and return the registry."""
     from quant.kernels import formats

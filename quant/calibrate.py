@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.experts import Experts, routed, stacks_of
 from quant.folds import InputGroup
 from quant.stacks import Stack
 from quant.stats import InputStats
@@ -90,11 +91,12 @@ def catch(model: nn.Module, stacks: list[Stack], at: int, samples: list[Sample],
 
 
 class Recorder:
-    """Sees which tensor each linear reads and which norm made it, while a block runs."""
+    """Sees which tensor each linear reads, which norm made it, and which experts each token is sent to, while a block runs."""
 
     def __init__(self, name: str, block: nn.Module, targets: list[str]) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.made: dict[str, Tensor] = {}
+        self.routes: dict[str, Tensor] = {}
         self.handles = []
         for target in targets:
             module = block.get_submodule(target.removeprefix(f"{name}."))
@@ -103,6 +105,8 @@ class Recorder:
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
                 self.handles.append(module.register_forward_hook(self._maker(f"{name}.{leaf}")))
+            if isinstance(module, Experts):
+                self.handles.append(module.register_forward_pre_hook(self._router(f"{name}.{leaf}")))
 
     def _reader(self, target: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -115,6 +119,16 @@ class Recorder:
             self.made[name] = output
 
         return hook
+
+    def _router(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.routes[name] = args[1]
+
+        return hook
+
+    def clear(self) -> None:
+        """Before another run: an expert that gets no token there must not show what it read before."""
+        self.inputs, self.made, self.routes = {}, {}, {}
 
     def groups(self) -> list[tuple[list[str], str | None]]:
         """Targets that read one tensor, with the norm that made it, in the order they ran."""
@@ -134,15 +148,23 @@ class Recorder:
 
 @torch.no_grad()
 def capture(
-    name: str, block: nn.Module, targets: list[str], float_chain: Chain | None, quant_chain: Chain, samples: list[Sample]
+    name: str,
+    block: nn.Module,
+    targets: list[str],
+    float_chain: Chain | None,
+    quant_chain: Chain,
+    samples: list[Sample],
+    expert_tokens: int = 1,
 ) -> list[InputGroup]:
     """Run a float block on the chains and sum the statistics of each linear's input.
 
     float_chain.hidden is replaced by the block's outputs; quant_chain is left as it is. Without a float chain there is
-    no drift to sum.
+    no drift to sum, and none for experts, whose tokens differ between the chains. Experts that saw fewer than
+    `expert_tokens` tokens have statistics without data.
     """
     recorder = Recorder(name, block, targets)
-    groups: list[InputGroup] = []
+    sets = tuple(f"{name}.{inside}." for inside in stacks_of(block))
+    groups: dict[str, InputGroup] = {}
     finite = True
     try:
         for index, sample in enumerate(samples):
@@ -150,32 +172,69 @@ def capture(
             if float_chain is not None:
                 float_chain.hidden[index] = float_chain.run(block, index)
                 inputs_float = dict(recorder.inputs)
+                recorder.clear()
             finite &= bool(quant_chain.run(block, index).isfinite().all())
-            if index == 0:
-                for names, maker in recorder.groups():
-                    x = recorder.inputs[names[0]]
-                    groups.append(InputGroup(names, InputStats.empty(x.shape[-1], x.device, float_chain is not None), maker))
-            for group in groups:
-                x = recorder.inputs[group.names[0]]
-                mask = sample.masks.get(x.shape[1]) if x.dim() == 3 else None
+            for names, maker in recorder.groups():
+                x, routed_here = recorder.inputs[names[0]], names[0].startswith(sets)
+                if names[0] not in groups:
+                    drift = float_chain is not None and not routed_here
+                    groups[names[0]] = InputGroup(names, InputStats.empty(x.shape[-1], x.device, drift), maker)
                 rows = x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
-                there = inputs_float.get(group.names[0])
-                group.stats.add(rows, None if there is None else there.view_as(rows), mask)
+                there = None if routed_here else inputs_float.get(names[0])
+                mask = routed_mask(names[0], recorder.routes, sample) if routed_here else mask_for(x, sample)
+                groups[names[0]].stats.add(rows, None if there is None else there.view_as(rows), mask)
+            recorder.clear()
     finally:
         recorder.close()
-    missing = sorted(set(targets) - {n for g in groups for n in g.names})
+    found = list(groups.values())
+    missing = sorted(set(targets) - {n for g in found for n in g.names})
+    found += unseen(block, name, [n for n in missing if n.startswith(sets)])
+    missing = [n for n in missing if not n.startswith(sets)]
     if missing:
         raise ValueError(
             f"{missing[0]} received no calibration data; leave it in float with the rule {{match: {missing[0]}, skip: true}}"
         )
-    for group in groups:
-        group.stats.finish()
-        group.stats.require_finite(group.names)
+    for group in found:
+        stats = group.stats
+        if group.names[0].startswith(sets) and stats.tokens < expert_tokens:
+            group.stats = InputStats.without_data(len(stats.gram), stats.gram.device, stats.tokens)
+            continue
+        stats.finish()
+        stats.require_finite(group.names)
     if not finite:
         raise ValueError(
             f"the output of {name} on the calibration data holds a NaN or an infinity; check the model and the calibration data"
         )
-    return groups
+    return found
+
+
+def mask_for(x: Tensor, sample: Sample) -> Tensor | None:
+    """The token mask [B, L] of an input [B, L, K], or [1, B * L] of one [B * L, K]; None where none fits."""
+    if x.dim() == 3:
+        return sample.masks.get(x.shape[1])
+    return next((mask.view(1, -1) for mask in sample.masks.values() if mask.numel() == x.shape[0]), None)
+
+
+def routed_mask(name: str, routes: dict[str, Tensor], sample: Sample) -> Tensor | None:
+    """Which of the tokens that the expert of linear `name` reads are real: [1, tokens], or None where all are."""
+    owner, number, _ = name.rsplit(".", 2)
+    every = mask_for(routes[owner], sample)
+    if every is None:
+        return None
+    tokens = next(tokens for index, tokens, _ in routed(routes[owner], int(number) + 1) if index == int(number))
+    return every[:, tokens]
+
+
+def unseen(block: nn.Module, name: str, targets: list[str]) -> list[InputGroup]:
+    """Groups for the linears of experts that no token reached: those of one expert with one K read one tensor."""
+    found: dict[tuple[str, int], InputGroup] = {}
+    for target in targets:
+        weight = block.get_parameter(f"{target.removeprefix(f'{name}.')}.weight")
+        key = (target.rpartition(".")[0], weight.shape[1])
+        if key not in found:
+            found[key] = InputGroup([], InputStats.empty(weight.shape[1], weight.device, drift=False), None)
+        found[key].names.append(target)
+    return list(found.values())
 
 
 @torch.no_grad()

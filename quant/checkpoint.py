@@ -23,7 +23,8 @@ from quant.kernels import activation
 from quant.kernels.activation import Activation
 from quant.kernels.format import Format, from_config
 from quant.models import DTYPES, Entry, entry_bytes, read_json
-from quant.stacks import PACKED, match_names
+from quant.naming import match
+from quant.stacks import PACKED
 from quant.targets import Target
 
 METHOD = "lowbit"
@@ -129,25 +130,45 @@ def sentinel(targets: Sequence[Target], disk: Mapping[str, str]) -> Piece:
 def rules_for(layers: Mapping[str, Target]) -> list[dict[str, Any]]:
     """Ordered rules, first match wins, that give back exactly the scheme of each layer (by its name on disk).
 
-    Layers that differ only in block numbers share one rule with `*` for the number, if all of them agree.
+    Layers that differ only in the numbers of blocks and experts share one rule with `*` for the numbers, if all of them
+    agree; else the experts of a block share one, if they agree.
     """
-    by_pattern: dict[str, dict[str, Target]] = {}
-    for name, target in layers.items():
-        pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        by_pattern.setdefault(pattern, {})[name] = target
-    exact, general = [], []
-    for pattern, members in by_pattern.items():
-        schemes = [{"format": t.format.config(), "activation": t.activation.config()} for t in members.values()]
-        if all(scheme == schemes[0] for scheme in schemes):
-            general.append({"match": pattern, **schemes[0]})
-        else:
-            exact += [{"match": name, **scheme} for name, scheme in zip(members, schemes, strict=True)]
-    rules = exact + general
+    rules: list[dict[str, Any]] = []
+    rest = dict(layers)
+    for pattern_of in (every_number, last_number):
+        by_pattern: dict[str, dict[str, Target]] = {}
+        for name, target in rest.items():
+            by_pattern.setdefault(pattern_of(name), {})[name] = target
+        general = {p: members for p, members in by_pattern.items() if one_scheme(list(members.values()))}
+        rules = [{"match": pattern, **scheme(next(iter(m.values())))} for pattern, m in general.items()] + rules
+        rest = {name: target for name, target in rest.items() if pattern_of(name) not in general}
+    rules = [{"match": name, **scheme(target)} for name, target in rest.items()] + rules
     # a `*` also spans dots, so a pattern may reach into a neighbour; then that neighbour is named first
     config = {"rules": rules}
     wrong = [name for name, t in layers.items() if scheme_of(config, name) != (t.format, t.activation)]
-    named = [{"match": n, "format": layers[n].format.config(), "activation": layers[n].activation.config()} for n in wrong]
-    return named + rules
+    return [{"match": name, **scheme(layers[name])} for name in wrong] + rules
+
+
+def every_number(name: str) -> str:
+    """A pattern for the same layer of every block, and of every expert."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def last_number(name: str) -> str:
+    """A pattern for the same layer of every expert of one block."""
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join("*" if i == numbers[-1] and len(numbers) > 1 else part for i, part in enumerate(parts))
+
+
+def scheme(target: Target) -> dict[str, Any]:
+    """What a rule says of a layer."""
+    return {"format": target.format.config(), "activation": target.activation.config()}
+
+
+def one_scheme(targets: Sequence[Target]) -> bool:
+    """Whether one rule can serve all of them."""
+    return all((t.format, t.activation) == (targets[0].format, targets[0].activation) for t in targets)
 
 
 def quantization_config(layers: Mapping[str, Target], kept: Sequence[str]) -> dict[str, Any]:
@@ -199,7 +220,7 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
     """
     layers = packable(model)
     # any field of a layer tells its name, so one that lost its codes is still found
-    on_disk = match_names(layers, {name.rpartition(".")[0] for name in tensors}, least=1)
+    on_disk = match(model, layers, {name.rpartition(".")[0] for name in tensors}, least=1, suffix=".weight")
     shapes = {on_disk.get(name, name): size_of(module) for name, module in layers.items()}
     for name, (n, k) in shapes.items():
         scheme = scheme_of(section, name)

@@ -64,7 +64,7 @@ EPILOG = "Verbs: " + ", ".join(f"quantize {verb} OUT" for verb in VERBS) + "; ea
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. format.group=128.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device for the arithmetic of a block.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
-@click.option("--plan", "only_plan", is_flag=True, help="Say what would happen; read no weights.")
+@click.option("--plan", "only_plan", is_flag=True, help="Say what would happen; write nothing.")
 @click.option("--list", "only_list", is_flag=True, help="Recipes and demo models.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def job(

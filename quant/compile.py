@@ -22,7 +22,7 @@ from quant.kernels.activation import Activation
 from quant.kernels.format import Codes, Fields
 from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
-from quant.models import Weights
+from quant.models import Weights, require_finite
 from quant.passes.base import BasePass, Corrector, Quantizer, Transform
 from quant.plan import COMPUTE, Plan
 from quant.search import output_error
@@ -37,6 +37,7 @@ class LayerReport:
 
     zero_fraction: share of input values that round to 0 as served, and without folds and rotation (CrossQuant's "quantization
     kernel"); None where inputs stay in floats. Compare it within one model only.
+    tokens: calibration tokens that the layer saw. data: False for an expert that saw too few, whose errors are of its weights.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerReport:
     token_absmax_99: float
     zero_fraction: tuple[float, float] | None
     note: str
+    data: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def run_block(
     targets = {n: t for n, t in plan.targets.items() if n.startswith(f"{name}.")}
 
     running = copy.deepcopy(block).to(COMPUTE)
-    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples)
+    least = plan.recipe.calibration.expert_tokens
+    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples, least)
     del running
 
     view = BlockView(
@@ -188,7 +191,12 @@ def quantize_members(
             aim = step.correct(aim, stats)
     (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
     codes = quantizer.quantize(aim, stats, fmt)
-    inputs = activation.fit(torch.cat(stats.rows), stats.absmax)
+    inputs = activation.fit(torch.cat(stats.rows), stats.absmax) if stats.data else {}
+    if inputs.keys() != activation.fields(members[0].k).keys():
+        raise ValueError(
+            f"{members[0].name} saw {stats.tokens} calibration tokens, too few for activation {activation}; "
+            "give more calibration.tokens or an activation rule that measures tokens as they come"
+        )
     zeros = zero_fractions(group.stats, activation, inputs)
     lost, lost_rtn = aim - fmt.dequantize(codes), aim - fmt.dequantize(fmt.nearest(aim))
     out = []
@@ -209,6 +217,7 @@ def quantize_members(
             stats.token_quantile(0.99),
             zeros,
             target.note,
+            stats.data,
         )
         mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
         out.append((target, fmt.pack(mine) | inputs, report))
@@ -217,7 +226,7 @@ def quantize_members(
 
 def zero_fractions(stats: InputStats, activation: Activation, inputs: Fields) -> tuple[float, float] | None:
     """LayerReport.zero_fraction on the kept tokens."""
-    if activation.name == "none":
+    if activation.name == "none" or not stats.data:
         return None
     tokens = torch.cat(stats.rows)
     before = tokens if stats.divided is None else tokens * stats.divided
@@ -293,12 +302,6 @@ def materialize(
             raise ValueError(f"{full} is {list(value.shape)} on disk; config.json asks for {list(old.shape)}")
         require_finite(full, value)
         owner._parameters[leaf] = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
-
-
-def require_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError, naming the tensor, for a NaN or an infinity."""
-    if not value.isfinite().all():
-        raise ValueError(f"{name} holds a NaN or an infinity; repair the checkpoint before quantizing it")
 
 
 def release(module: nn.Module, params: list[str]) -> None:

@@ -19,7 +19,8 @@ from quant.checkpoint import check_layers, read_config, scheme_of
 from quant.embedding import size_of
 from quant.kernels.dispatch import MatmulSpec
 from quant.models import index, model_class
-from quant.stacks import match_names
+from quant.naming import match
+from quant.stacks import skeleton
 
 AMD = "gfx942"
 DTYPES = ("float16", "bfloat16", "float32")
@@ -39,16 +40,13 @@ def shapes_of(folder: Path) -> tuple[dict[Shape, int], torch.dtype]:
 
     Reads headers only. Raises ValueError for a folder that `quantize` did not write or that is damaged.
     """
-    import accelerate
-
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that quantize wrote")
     section, tensors = read_config(folder)["quantization_config"], index(folder)
     config, cls = model_class(folder)
-    with accelerate.init_empty_weights():
-        model = cls._from_config(config)
+    model = skeleton(config, cls, config.dtype or torch.float32)
     packed = check_layers(section, tensors, model)
-    on_disk = match_names(packed, {name.rpartition(".")[0] for name in tensors}, least=1)
+    on_disk = match(model, packed, {name.rpartition(".")[0] for name in tensors}, least=1, suffix=".weight")
     found: dict[Shape, int] = {}
     for name in sorted(packed):
         scheme = scheme_of(section, on_disk[name])

@@ -13,7 +13,7 @@ from quant.checkpoint import check_layers, read_config
 from quant.kernels.gpu import deployed
 from quant.models import index, model_class
 from quant.resources import usable_device
-from quant.stacks import disk_names, unfilled
+from quant.stacks import disk_names, skeleton, unfilled
 
 
 def load(
@@ -33,8 +33,6 @@ def load(
     Raises ValueError, before reading tensors, for a folder that is not ours, an unknown format version, a file cut short,
     and the first tensor that is missing or has the wrong shape or dtype.
     """
-    import accelerate
-
     from quant.serve import hook
 
     hook.install()
@@ -46,8 +44,7 @@ def load(
     config = read_config(folder)
     tensors = index(folder)
     auto, cls = model_class(folder)
-    with accelerate.init_empty_weights():
-        empty = cls._from_config(auto)
+    empty = skeleton(auto, cls, auto.dtype or torch.float32)
     packed = check_layers(config["quantization_config"], tensors, empty)
     on_disk = disk_names(empty, tensors)
     for name in unfilled(empty, on_disk):

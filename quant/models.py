@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -220,6 +220,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def require_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError, naming the tensor, for a NaN or an infinity."""
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds a NaN or an infinity; repair the checkpoint before quantizing it")
+
+
 class Weights:
     """The tensors of a model folder by name; nothing is read or mapped before `read`.
 
@@ -227,9 +233,10 @@ class Weights:
     process, holds the file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entries: Mapping[str, Entry] | None = None) -> None:
+        """entries: what to read under which name; None: the folder's tensors."""
         self.folder = folder
-        self._entries = index(folder)
+        self._entries = index(folder) if entries is None else entries
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -1,4 +1,4 @@
-"""The plan: everything that is known before the first weight is read, down to the byte."""
+"""The plan: everything that is known before the first block is quantized, down to the byte."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme
 from quant.embedding import Head, packable
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.models import Entry, Weights, index, resolve
+from quant.naming import experts_apart, match_names
 from quant.recipe import Recipe
-from quant.stacks import Stack, disk_names, empty_model, find_stacks, match_names, unfilled
+from quant.refine import refined
+from quant.stacks import Stack, disk_names, empty_model, find_stacks, unfilled
 from quant.targets import Selection, Target, select
 
 COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
@@ -24,7 +26,10 @@ COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
 
 @dataclass
 class Plan:
-    """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk."""
+    """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk.
+
+    tensors: the source's, experts that it stores together shown apart.
+    """
 
     given: str
     source: Path
@@ -54,7 +59,7 @@ class Plan:
 
     def weights(self) -> Weights:
         """The source's tensors."""
-        return Weights(self.source)
+        return Weights(self.source, self.tensors)
 
     def layer_on_disk(self, name: str) -> str:
         """A layer's name as the source checkpoint spells it."""
@@ -89,8 +94,9 @@ class Plan:
 
     def config_section(self) -> dict[str, Any]:
         """The quantization_config that goes into config.json."""
-        layers = {self.layer_on_disk(name): target for name, target in self.packed.items()}
-        rest = [name for name in packable(self.model) if name not in self.packed]
+        packed = self.packed
+        layers = {self.layer_on_disk(name): target for name, target in packed.items()}
+        rest = [name for name in packable(self.model) if name not in packed]
         kept = [self.layer_on_disk(name) for name in rest if f"{name}.weight" in self.disk]
         section = quantization_config(layers, [])
         section["float"] = [name for name in kept if scheme_of(section, name)]
@@ -120,12 +126,15 @@ class Plan:
 
 
 def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
-    """Resolve a model and apply a recipe to it; reads headers only. Raises ValueError for whatever cannot be done."""
+    """Resolve a model and apply a recipe to it. Raises ValueError for whatever cannot be done.
+
+    Reads headers only, unless a pass chooses formats from the weights; its choices are rules of the plan's recipe.
+    """
     source = resolve(given, say)
     model = empty_model(source)
     stacks = find_stacks(model)
     selection = select(model, stacks, recipe)
-    tensors = index(source)
+    tensors = experts_apart(model, index(source))
     disk = disk_names(model, tensors)
     if selection.head is not None:
         require_one_table(selection.head, disk, tensors)
@@ -138,6 +147,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     absent = unfilled(model, disk)
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
+    recipe, selection = refined(recipe, selection, Weights(source, tensors), disk)
     return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
 
 

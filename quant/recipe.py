@@ -23,11 +23,16 @@ class Frozen(BaseModel):
 
 
 class Calibration(Frozen):
-    """How much data: `tokens` in windows of `length` for text, `clips` for audio. source: as `--calib`."""
+    """How much data: `tokens` in windows of `length` for text, `clips` for audio. source: as `--calib`.
+
+    expert_tokens: an expert that sees fewer is quantized from its weights alone. On SmolLM2-135M, GPTQ at 4 bits with 32
+    tokens loses on other text what it loses without data (down_proj of block 10, K = 1536) or 7 % less (gate_proj, K = 576).
+    """
 
     tokens: int = Field(default=32768, ge=1)
     length: int = Field(default=512, ge=8)
     clips: int = Field(default=40, ge=1)
+    expert_tokens: int = Field(default=32, ge=1)
     source: str | None = None
 
 

@@ -21,7 +21,7 @@ def megabytes(count: int) -> str:
 
 
 def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
-    """What a run would do; nothing was read but headers."""
+    """What a run would do."""
     from quant.forecast import peak_memory_bytes
 
     recipe = plan.recipe
@@ -86,6 +86,10 @@ def print_result(console: Console, folder: Path) -> None:
         f"mean layer error {mean:.4f} (round-to-nearest {rtn:.4f}), "
         f"{totals['seconds']:.0f} s, peak memory {totals['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
+    blind = totals["quantized_without_data"]
+    if blind:
+        listed = ", ".join(blind[:3]) + (" and others" if len(blind) > 3 else "")
+        console.print(f"{len(blind)} linears of experts saw too few tokens and were quantized without data: {listed}")
     console.print(f'load it: quant.load("{folder}"); prove it: quantize eval {folder}; time it: quantize bench {folder}')
 
 

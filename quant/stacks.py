@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from quant.experts import unstack
 from quant.models import model_class, read_header
+from quant.naming import match
 
 PACKED = ".weight_packed"
 
@@ -25,19 +27,26 @@ class Stack:
 
 
 def empty_model(folder: Path) -> Any:
-    """The transformers model of a folder with all parameters on the meta device and real buffers.
+    """The transformers model of a folder with all parameters on the meta device and real buffers, its experts apart.
 
     Raises ValueError when config.json cannot be used or names no class that this transformers knows.
     """
-    from accelerate import init_empty_weights
-
     config, cls = model_class(folder)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantized already; give the float model it was made from")
-    with init_empty_weights(include_buffers=False):
-        model = cls._from_config(config, dtype=torch.float32)
+    model = skeleton(config, cls, torch.float32)
     model.eval()
     model.requires_grad_(False)
+    return model
+
+
+def skeleton(config: Any, cls: Any, dtype: torch.dtype) -> Any:
+    """A model of class `cls` with all parameters on the meta device in `dtype` and real buffers, its experts apart."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = cls._from_config(config, dtype=dtype)
+    unstack(model)
     return model
 
 
@@ -62,7 +71,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 def disk_names(model: nn.Module, on_disk: Iterable[str]) -> dict[str, str]:
     """Parameter name in memory -> tensor name on disk, for every parameter that is stored."""
-    return match_names((name for name, _ in model.named_parameters()), on_disk, least=2)
+    return match(model, (name for name, _ in model.named_parameters()), on_disk, least=2)
 
 
 def unfilled(model: nn.Module, disk: Mapping[str, str]) -> list[str]:
@@ -76,32 +85,8 @@ def unfilled(model: nn.Module, disk: Mapping[str, str]) -> list[str]:
     return [name for name in absent if not any(re.search(pattern, name) for pattern in optional)]
 
 
-def disk_layers(layers: Iterable[str], files: Iterable[str | Path]) -> dict[str, str]:
+def disk_layers(model: nn.Module, layers: Iterable[str], files: Iterable[str | Path]) -> dict[str, str]:
     """Packed layer in memory -> its name on disk, read from the headers of a checkpoint's safetensors files."""
     stored = [name for file in files for name in read_header(Path(file))]
     packed = [name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)]
-    return match_names(layers, packed, least=1)
-
-
-def match_names(wanted: Iterable[str], stored: Iterable[str], least: int) -> dict[str, str]:
-    """wanted -> stored name. Equal, or else the longest common suffix of at least `least` components, if it is unique.
-
-    Names agree for most models; composite models are renamed by transformers on loading, and a checkpoint of a bare
-    base model lacks the leading component.
-    """
-    known = set(stored)
-    by_tail: dict[str, list[str]] = {}
-    for name in known:
-        parts = name.split(".")
-        for i in range(len(parts)):
-            by_tail.setdefault(".".join(parts[i:]), []).append(name)
-    found: dict[str, str] = {}
-    for name in wanted:
-        parts = name.split(".")
-        for i in range(len(parts) - least + 1):
-            candidates = by_tail.get(".".join(parts[i:]), [])
-            if name in known or len(candidates) == 1:
-                found[name] = name if name in known else candidates[0]
-            if candidates:
-                break
-    return found
+    return match(model, layers, packed, least=1, suffix=".weight")

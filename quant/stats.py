@@ -24,6 +24,7 @@ class InputStats:
     rows: a few whole tokens of each sequence, evenly spread: a list of [up to 8, K].
     tokens: tokens seen, padding excluded.
     divided: what folds have divided the channels by since, [K]; None before the first.
+    data: False where these were too few to go by: then gram is the identity, and errors of outputs are errors of weights.
     """
 
     gram: Tensor
@@ -33,6 +34,12 @@ class InputStats:
     rows: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     divided: Tensor | None = None
+    data: bool = True
+
+    @classmethod
+    def without_data(cls, k: int, device: torch.device, tokens: int) -> InputStats:
+        """Of a layer that saw `tokens` tokens, too few to learn from."""
+        return cls(torch.eye(k, device=device), tokens=tokens, data=False)
 
     @classmethod
     def empty(cls, k: int, device: torch.device, drift: bool) -> InputStats:
@@ -73,7 +80,9 @@ class InputStats:
         return torch.stack(self.sample_absmax).quantile(q, dim=0)
 
     def token_quantile(self, q: float) -> float:
-        """The q-quantile over tokens of the token's absmax."""
+        """The q-quantile over tokens of the token's absmax; 0 without data."""
+        if not self.data:
+            return 0.0
         return float(torch.cat(self.token_absmax).quantile(q))
 
     def divide_channels(self, r: Tensor) -> None:
@@ -87,7 +96,7 @@ class InputStats:
 
     def rotated(self, size: int) -> InputStats:
         """What would have been seen of tokens rotated in blocks of `size`; channel maxima are those of the kept rows."""
-        if not size:
+        if not size or not self.data:
             return self
         rows = [by_matrix(x, size) for x in self.rows]
         drift = None if self.drift is None else rotate_gram(self.drift, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from quant.embedding import Head, find_head
+from quant.experts import routers, stacks_of, still_stacked
 from quant.kernels.activation import Activation
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.format import Field, Format, fit_group, from_config
@@ -20,10 +21,15 @@ from quant.stacks import Stack
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # serving stacks fuse these: one scheme for all
 
+OUTSIDE = "outside the blocks (head or projector)"
+
 
 @dataclass(frozen=True)
 class Target:
-    """One linear to pack. note: what differs from the recipe and why."""
+    """One linear to pack. note: what differs from the recipe and why. pinned: a rule gives its format.
+
+    family: equal for layers that must share one scheme, because serving stacks fuse them; see `family_of`.
+    """
 
     name: str
     n: int
@@ -32,6 +38,8 @@ class Target:
     format: Format
     activation: Activation
     note: str = ""
+    pinned: bool = False
+    family: str = ""
 
     def fields(self) -> dict[str, Field]:
         """Name -> shape and dtype of every stored tensor."""
@@ -40,7 +48,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """Linears to pack by name in module order, every linear that stays in float with its reason, and the packed head.
+    """Linears to pack by name in module order, everything that stays in float with its reason, and the packed head.
 
     table: the target that is the head's table, named after the embedding where the two are tied.
     """
@@ -52,17 +60,18 @@ class Selection:
 
 
 def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
-    """Apply the recipe's rules to every nn.Linear.
+    """Apply the recipe's rules to every nn.Linear, those of experts included.
 
-    Linears outside the stacks (heads, projectors) stay in float, unless the recipe packs the head. Raises ValueError for a
-    rule that matches nothing, a layer whose K no group fits, fused neighbours with different schemes, and a head that
-    cannot be packed.
+    Linears outside the stacks (heads, projectors) stay in float, unless the recipe packs the head, and so do routers, unless
+    a rule gives them a format. Raises ValueError for a rule that matches nothing, a layer whose K no group fits, fused
+    neighbours with different schemes, and a head that cannot be packed.
     """
     quantizer, base = recipe.quantizer(), recipe.base_format()
     blocks = tuple(f"{block}." for stack in stacks for block in stack.blocks)
     targets: dict[str, Target] = {}
     kept: dict[str, str] = {}
     used: set[int] = set()
+    experts, gates = stacks_of(model), routers(model)
     head_format = recipe.head_format()
     head = None if head_format is None else find_head(model)
     table = None if head_format is None or head is None else table_for(model, head, head_format)
@@ -71,22 +80,31 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
             continue
         if not name.startswith(blocks):
             if head is None or name != head.linear:
-                kept[name] = "outside the blocks (head or projector)"
+                kept[name] = OUTSIDE
             continue
-        index, rule = next(((i, r) for i, r in enumerate(recipe.rules) if fnmatchcase(name, r.match)), (-1, None))
+        index, rule = matching(recipe.rules, name)
         used.add(index)
         if rule is not None and rule.skip:
             kept[name] = f"rule {rule.match!r}"
             continue
-        targets[name] = target_for(name, module, base, recipe.activation_of(rule), rule, quantizer)
+        if name in gates and not (rule is not None and rule.format):
+            kept[name] = "chooses or weighs experts"
+            continue
+        target = target_for(name, module, base, recipe.activation_of(rule), rule, quantizer)
+        targets[name] = replace(target, family=family_of(name, experts))
     for i, rule in enumerate(recipe.rules):
         if i not in used:
             known = ", ".join(list(targets)[:3])
             raise ValueError(f"rule {rule.match!r} decides no layer; it must match names such as {known}")
     if not targets:
         raise ValueError(f"recipe {recipe.name} leaves every layer in float; its rules skip all of them")
-    require_fused(targets, kept)
-    return Selection(targets, kept, head, table)
+    require_fused(targets, {name: family_of(name, experts) for name in kept})
+    return Selection(targets, {**kept, **still_stacked(model, blocks)}, head, table)
+
+
+def matching(rules: Sequence[Rule], name: str) -> tuple[int, Rule | None]:
+    """The first rule that matches a layer's name, and its place; (-1, None) where none does."""
+    return next(((i, rule) for i, rule in enumerate(rules) if fnmatchcase(name, rule.match)), (-1, None))
 
 
 def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
@@ -123,26 +141,49 @@ def target_for(
         fmt = from_config({**(base.config() if same else {}), **rule.format})
     advice = f"add the rule {{match: {name}, skip: true}} or {{match: {name}, format: {{group: -1}}}}"
     fmt, note = fitted(name, fmt, k, advice)
-    reason = fmt.refuses(n, k) or quantizer.refuses(fmt)
-    if reason:
-        raise ValueError(f"{name} cannot be quantized: {reason}")
     block = largest_block(activation.rotate, k)
     if block != activation.rotate:
         note = "; ".join(filter(None, [note, f"rotated in blocks of {block}: {activation.rotate} does not divide K = {k}"]))
         activation = replace(activation, rotate=block if block > 1 else 0)
-    if reason := activation.refuses(k):
+    pinned = rule is not None and bool(rule.format)
+    target = Target(name, n, k, module.bias is not None, fmt, activation, note, pinned)
+    reason = refusal(target, quantizer)
+    if reason:
         raise ValueError(f"{name} cannot be quantized: {reason}")
-    return Target(name, n, k, module.bias is not None, fmt, activation, note)
+    return target
 
 
-def require_fused(targets: dict[str, Target], kept: Iterable[str]) -> None:
-    """q, k, v and gate, up must share one scheme, or no serving stack can fuse them."""
-    float_layers = set(kept)
-    for name, target in targets.items():
-        parent, _, leaf = name.rpartition(".")
-        siblings = [s for family in FUSED if leaf in family for s in family if s != leaf]
-        for other in (f"{parent}.{sibling}" for sibling in siblings):
-            mate = targets.get(other)
-            differs = mate and mate.k == target.k and (mate.format, mate.activation) != (target.format, target.activation)
-            if other in float_layers or differs:
-                raise ValueError(f"{name} and {other} need one scheme, as serving stacks fuse them; let one rule match both")
+def refusal(target: Target, quantizer: Quantizer) -> str | None:
+    """Why this layer cannot be stored, or written by this quantizer, in its scheme; None where it can."""
+    stored = target.format.refuses(target.n, target.k) or quantizer.refuses(target.format)
+    return stored or target.activation.refuses(target.k)
+
+
+def family_of(name: str, experts: Container[str]) -> str:
+    """What a layer shares with those that serving stacks fuse with it: q, k, v; gate, up; one projection of all experts.
+
+    experts: names of the sets of experts. "layers.0.mlp.experts.3.up_proj" is of "layers.0.mlp.experts.*.gate_proj".
+    """
+    parent, _, leaf = name.rpartition(".")
+    owner = parent.rpartition(".")[0]
+    if owner in experts:
+        parent = f"{owner}.*"
+    return f"{parent}.{next((mates[0] for mates in FUSED if leaf in mates), leaf)}"
+
+
+def families(targets: Mapping[str, Target]) -> list[list[Target]]:
+    """The targets in sets that must share one scheme; most sets hold one layer. K differs in no set."""
+    found: dict[tuple[str, int], list[Target]] = {}
+    for target in targets.values():
+        found.setdefault((target.family, target.k), []).append(target)
+    return list(found.values())
+
+
+def require_fused(targets: Mapping[str, Target], kept: Mapping[str, str]) -> None:
+    """Raise ValueError where layers of one family differ in scheme. kept: families of the linears in float, by name."""
+    floats = {family: name for name, family in kept.items()}
+    for first, *others in families(targets):
+        odd = next((t.name for t in others if (t.format, t.activation) != (first.format, first.activation)), None)
+        odd = odd or floats.get(first.family)
+        if odd:
+            raise ValueError(f"{first.name} and {odd} need one scheme, as serving stacks fuse them; let one rule match both")

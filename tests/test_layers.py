@@ -117,8 +117,10 @@ print(sorted(above))
     allowed = {
         "quant.checkpoint",
         "quant.embedding",
+        "quant.experts",
         "quant.linear",
         "quant.models",
+        "quant.naming",
         "quant.stacks",
         "quant.targets",
         "quant.recipe",

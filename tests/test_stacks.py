@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from quant.stacks import disk_layers, disk_names, empty_model, find_stacks, match_names
+from quant.naming import match_names
+from quant.stacks import disk_layers, disk_names, empty_model, find_stacks
 
 
 def test_stacks_of_both_families(llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
@@ -77,5 +78,5 @@ def test_packed_layers_are_found_in_the_headers(tmp_path: Path) -> None:
     )
     save_file({"language.layers.1.q.weight_packed": torch.zeros(1)}, tmp_path / "b.safetensors")
     layers = ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q"]
-    found = disk_layers(layers, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    found = disk_layers(nn.Module(), layers, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     assert found == {"model.layers.0.q": "language.layers.0.q", "model.layers.1.q": "language.layers.1.q"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -65,6 +66,41 @@ def llama(*, tied: bool = False, layers: int = 3, seed: int = 0) -> LlamaForCaus
 def llama_folder(folder: Path, **how: Any) -> Path:
     """`llama` saved with its tokenizer."""
     llama(**how).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe")
+
+
+def mixture_folder(folder: Path, kind: str = "Mixtral", *, experts: int = 4) -> Path:
+    """A random mixture of experts, saved with its tokenizer: 2 blocks of 64 channels, two experts of 96 for a token, bfloat16.
+
+    kind: one of MIXTURES. Mixtral has names of its own on disk, Qwen2Moe an expert for all tokens, GraniteMoe stores the
+    experts of a layer as one tensor.
+    """
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=WORDS,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        num_experts=experts,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+    getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).eval().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -3,7 +3,8 @@
     w[n, k] = scale[n, k // G] * (code[n, k] - zero)       zero = 2^(b-1) when symmetric, stored when not
 
 Codes are a little-endian bit stream along each row: code k occupies bits k*b .. k*b+b-1. G = -1 is one group
-per row. Group scales are float16 on disk, row scales float32: a row scale costs next to nothing.
+per row. Group scales are float16 on disk, row scales float32: a row scale costs next to nothing. A scale may be negative,
+which lets a symmetric grid reach one level further on the positive side.
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ class IntGroup(Format):
         return step, torch.round(-low / step).clamp_(0, 2**self.bits - 1)
 
     def storable(self, step: Tensor) -> Tensor:
-        """A step as it will be read back: rounded to `scale_dtype`, positive, 1 where the group is all zero."""
+        """A step as it will be read back: rounded to `scale_dtype`, never 0, and 1 where the group is all zero."""
         tiny = torch.finfo(self.scale_dtype).smallest_normal
-        return torch.where(step > 0, step.clamp_min(tiny), 1.0).to(self.scale_dtype).float()
+        return torch.where(step != 0, step.abs().clamp_min(tiny).copysign(step), 1.0).to(self.scale_dtype).float()
 
     def params(self, step: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """The stored tensors for a grid of steps and zero points [N, K // G]."""

@@ -1,7 +1,8 @@
 """The kinds of pass, each with a promise that its test asserts.
 
-A Transform changes weights but not the float output of a block. A Corrector changes what the quantizer aims at. A
-Quantizer turns weight and statistics into Codes and never does worse than round-to-nearest on the error it minimizes.
+A Refiner chooses formats before the run. A Transform changes weights but not the float output of a block. A Corrector
+changes what the quantizer aims at. A Quantizer turns weight and statistics into Codes and never does worse than
+round-to-nearest on the error it minimizes.
 A pass is one file here, named as in the recipe, holding a class `Pass`; its options are its pydantic fields.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +25,7 @@ from quant.stats import InputStats
 
 if TYPE_CHECKING:
     from quant.folds import BlockView
+    from quant.targets import Target
 
 
 class BasePass(BaseModel):
@@ -57,6 +60,28 @@ class Quantizer(BasePass, ABC):
     @abstractmethod
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         """weight float32 [N, K] -> Codes of `fmt`."""
+
+
+class Choice(NamedTuple):
+    """A format for one layer, and why, in a few words for the plan and the report."""
+
+    format: Format
+    note: str
+
+
+class Refiner(BasePass, ABC):
+    """Chooses formats from the weights while the plan is made (quant/refine.py). May be the recipe's Quantizer as well.
+
+    Transforms have not run then: the weights are those of the checkpoint.
+    """
+
+    @abstractmethod
+    def refine(self, families: Sequence[Sequence[Target]], read: Callable[[str], Tensor]) -> dict[str, Choice]:
+        """A choice by layer name; layers that are left out keep their format.
+
+        families: targets that serving stacks fuse, which must get one format; what a rule fixes is not among them.
+        read: layer name -> its float32 weight [N, K], rotated as its activation rule asks, read from disk at each call.
+        """
 
 
 class GridRounder(Quantizer, ABC):

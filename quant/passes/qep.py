@@ -4,6 +4,8 @@
 
 W' minimizes ||W X_float - W' X||^2, so a layer repairs some of what earlier blocks lost (Arai and Ichikawa, 2025;
 GPTAQ, Li et al., 2025, uses the same term inside the rounding). strength 0 is plain layer-wise quantization.
+
+Experts are left as they are: the two chains may send different tokens to them, so there is no X_float to aim at.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class Pass(Corrector):
     damp: float = Field(0.1, gt=0)
 
     def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
-        assert stats.drift is not None
+        if stats.drift is None:
+            return weight
         ridge = self.damp * stats.gram.diagonal().mean().clamp_min(1e-12)
         factor = torch.linalg.cholesky(stats.gram + ridge * torch.eye(len(stats.gram), device=weight.device))
         moved: Tensor = torch.cholesky_solve((weight @ stats.drift).T, factor).T  # W D (H + ridge)^-1

@@ -46,7 +46,7 @@ class Pass(Transform):
             leaves = {name.rpartition(".")[2] for name in group.names}
             if (self.only and not leaves & set(self.only)) or leaves & set(self.skip):
                 continue
-            reason = view.fold(group, self.factors(view, group))
+            reason = view.fold(group, self.factors(view, group)) if group.stats.data else "too few calibration tokens"
             if reason:
                 refused[group.names[0]] = reason
         return refused
@@ -72,7 +72,9 @@ def fold_best(view: BlockView, candidates: Callable[[InputGroup], list[Tensor]])
     """Fold, for every group of readers, the factors r [K] of least served error; returns what was refused, as `apply` does."""
     refused = {}
     for group in view.groups:
-        reason = view.fold(group, min(candidates(group), key=served_error(view, group)))
+        reason: str | None = "too few calibration tokens"
+        if group.stats.data:
+            reason = view.fold(group, min(candidates(group), key=served_error(view, group)))
         if reason:
             refused[group.names[0]] = reason
     return refused

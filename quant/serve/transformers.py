@@ -18,8 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, require_version, scheme_of
 from quant.embedding import PackedEmbedding, install, packable, replace, size_of
+from quant.experts import unstack
 from quant.linear import PackedLinear
 from quant.models import read_header
+from quant.naming import renamings
 from quant.siblings import link
 from quant.stacks import disk_layers
 
@@ -53,10 +55,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> None:
         section = self.quantization_config.section
+        unstack(model)
         if checkpoint_files:  # transformers would fill what is missing with random numbers
             check_layers(section, {n: e for file in checkpoint_files for n, e in read_header(Path(file)).items()}, model)
         layers = packable(model)
-        names = disk_layers(list(layers), checkpoint_files or [])
+        names = disk_layers(model, list(layers), checkpoint_files or [])
         replaced = []
         for name, module in layers.items():
             scheme = scheme_of(section, names.get(name, name))
@@ -74,8 +77,12 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError("no rule of quantization_config matches a linear of this model; config.json is damaged")
         self.sentinel = f"{replaced[0]}.weight"
         ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        on_disk = names.get(replaced[0], replaced[0])
-        setattr(model, "_keys_to_ignore_on_load_unexpected", {*ignored, rf"^{re.escape(on_disk)}\.weight$"})  # noqa: B010
+        ignored |= {rf"^{re.escape(name)}\.weight$" for name in (replaced[0], names.get(replaced[0], replaced[0]))}
+        setattr(model, "_keys_to_ignore_on_load_unexpected", ignored)  # noqa: B010
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Experts are loaded one by one, not merged."""
+        return renamings(model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():

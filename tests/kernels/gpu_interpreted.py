@@ -42,7 +42,8 @@ def int_layer(bits: int, n: int, k: int, group: int, symmetric: bool) -> tuple[I
     fmt = IntGroup(bits=bits, group=group, symmetric=symmetric)
     generator = torch.Generator().manual_seed(n + k + bits)
     groups = fmt.groups(k)
-    params = {"weight_scale": (torch.rand(n, groups, generator=generator) + 0.1).to(fmt.scale_dtype)}
+    size, sign = torch.rand(2, n, groups, generator=generator)
+    params = {"weight_scale": ((size + 0.1) * torch.where(sign < 0.3, -1.0, 1.0)).to(fmt.scale_dtype)}
     if not symmetric:
         params["weight_zero"] = torch.randint(0, 2**bits, (n, groups), generator=generator, dtype=torch.uint8)
     return fmt, Codes(torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8), params)

@@ -46,7 +46,8 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
         return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
     assert isinstance(fmt, IntGroup)
     top, groups = 2**fmt.bits, fmt.groups(k)
-    params = {"weight_scale": (torch.rand(n, groups) * 0.1 + 0.01).to(fmt.scale_dtype)}
+    sign = torch.where(torch.rand(n, groups) < 0.3, -1.0, 1.0)
+    params = {"weight_scale": ((torch.rand(n, groups) * 0.1 + 0.01) * sign).to(fmt.scale_dtype)}
     if not fmt.symmetric:
         params["weight_zero"] = torch.randint(0, top, (n, groups), dtype=torch.uint8)
     return Codes(torch.randint(0, top, (n, k), dtype=torch.uint8), params)
