@@ -20,6 +20,8 @@ from torch import Tensor
 from quant.kernels.format import Field, Fields
 from quant.kernels.rotation import largest_block, rotate
 
+ABSMAX_FLOOR = 1e-5  # an all-zero token gets this absmax, so its scale is never zero
+
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(ABC):

@@ -99,7 +99,7 @@ def test_a_wrong_override_is_one_line_that_helps(override: str, said: str) -> No
 
 def test_unknown_recipes() -> None:
     assert "did you mean 'dgq'?" in refusal("dqg")
-    assert "allowed: dgq, " in refusal("zzzzz")
+    assert "allowed: awq-w4a16, " in refusal("zzzzz")
     assert "does not exist" in refusal("nowhere/mine.yaml")
 
 

@@ -1,6 +1,6 @@
 """The activation program: optional input vector, row absmax, int8 codes and, where asked for, sums of the codes by group.
 
-Reproduces `int_token.quantize_token` (of x / divisor) bit for bit. It must be compiled with fusion off: a fused
+Reproduces `kernels.activation.quantize_token` (of x / divisor) bit for bit. It must be compiled with fusion off: a fused
 multiply-add would skip the rounding of x * (1 / scale) that the reference makes, and move codes at ties.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quant.kernels.activations.int_token import ABSMAX_FLOOR
+from quant.kernels.activation import ABSMAX_FLOOR
 
 FLOOR = tl.constexpr(ABSMAX_FLOOR)
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
