@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import Progress as Bar
+from torch import Tensor
 
 from quant.eval import harness, loading, perplexity, report, speech
 from quant.resources import peak_memory_bytes
@@ -19,17 +20,23 @@ def text_part(
     folder: Path, model: Any, reference: Any, source: str | None, length: int, limit: int | None, bar: perplexity.Progress
 ) -> tuple[str, perplexity.TextResult, Any]:
     """Name of the corpus, result, and tokenizer of a text model."""
+    corpus, tokens, tokenizer = read_windows(folder, model.config, source, length, limit)
+    return corpus, perplexity.evaluate(model, tokens, reference, progress=bar), tokenizer
+
+
+def read_windows(folder: Path, config: Any, source: str | None, length: int, limit: int | None) -> tuple[str, Tensor, Any]:
+    """Name of the corpus, its windows [W, L] in the order of the text, and the tokenizer of `folder` that made them."""
     from transformers import AutoTokenizer
 
     from quant.text import documents, windows
 
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = getattr(config, "max_position_embeddings", None)
     if length < 2 or (room is not None and length > room):
         raise ValueError(f"--length {length}; the model of {folder} takes windows of 2 to {room} tokens")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     corpus = documents(source, "evaluation")
-    cut = windows(tokenizer, corpus, length, limit, seed=None)  # in the order of the text
-    return f"{corpus.name} ({cut.available} tokens)", perplexity.evaluate(model, cut.tokens, reference, progress=bar), tokenizer
+    cut = windows(tokenizer, corpus, length, limit, seed=None)
+    return f"{corpus.name} ({cut.available} tokens)", cut.tokens, tokenizer
 
 
 def speech_part(
@@ -43,6 +50,21 @@ def speech_part(
     processor = AutoProcessor.from_pretrained(folder)
     found = clips(source, limit, seconds=None)  # whole: a cut clip would lose its transcript
     return source, speech.evaluate(model, reference, processor, found, language=language, folder=folder, progress=bar)
+
+
+def require_data(folder: Path, text: Any, audio: str | None, limit: int | None) -> loading.Kind:
+    """The kind of model in `folder`; ValueError unless the data to measure it on are of that kind."""
+    kind = loading.kind(folder)
+    wrong = {"text": ("--audio", audio), "speech": ("--text or --tasks", text)}[kind]
+    if wrong[1]:
+        raise ValueError(f"{wrong[0]} does not apply: {folder} holds a {kind} model")
+    if kind == "speech" and audio is None:
+        raise ValueError(
+            "a speech model is evaluated on recordings: give --audio a folder of clips or a jsonl with file and text"
+        )
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}; it must be at least 1")
+    return kind
 
 
 def evaluate(
@@ -60,18 +82,9 @@ def evaluate(
     progress: perplexity.Progress = lambda done, total: None,
 ) -> report.Evaluation:
     """Evaluate the model in `folder`, in the same pass `against` the one it came from; see `quantize eval --help`."""
-    kind = loading.kind(folder)
-    wrong = {"text": ("--audio", audio), "speech": ("--text or --tasks", text or tasks)}[kind]
-    if wrong[1]:
-        raise ValueError(f"{wrong[0]} does not apply: {folder} holds a {kind} model")
-    if kind == "speech" and audio is None:
-        raise ValueError(
-            "a speech model is evaluated on recordings: give --audio a folder of clips or a jsonl with file and text"
-        )
+    kind = require_data(folder, text or tasks, audio, limit)
     if against is not None and loading.kind(against) != kind:
         raise ValueError(f"{folder} holds a {kind} model, {against} a {loading.kind(against)} model: they cannot be compared")
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit}; it must be at least 1")
     start = time.perf_counter()
     model = loading.load(folder, loading.DTYPES[dtype], device)
     reference = loading.load(against, loading.DTYPES[dtype], device) if against is not None else None

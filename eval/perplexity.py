@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,14 @@ class TextResult:
     fidelity: Fidelity | None = None
 
 
+class Logits(Protocol):
+    """Whatever gives a model's logits on windows: a Scorer runs the model, `kept.Kept` has run it before."""
+
+    def slices(self, ids: Tensor, start: int) -> Iterator[Tensor]:
+        """Logits [B, at most HEAD_TOKENS, V] of positions 0 .. L-2, in order, of the windows start .. start+B-1: `ids` [B, L]."""
+        ...
+
+
 class Scorer:
     """Logits of a causal model in slices of positions, so that [B, L, V] never exists when the head is a plain linear.
 
@@ -56,7 +64,7 @@ class Scorer:
         transformer: Any = model
         head, base = transformer.get_output_embeddings(), transformer.base_model
         self.split = head is not None and base is not model and self._is_plain(base, head, sample.to(self.device))
-        self._base, self._head = base, head
+        self._base, self.head = base, head
 
     def _is_plain(self, base: Module, head: Module, ids: Tensor) -> bool:
         whole = self.model(input_ids=ids, use_cache=False).logits.float()
@@ -66,12 +74,16 @@ class Scorer:
         parts = head(hidden).float()
         return parts.shape == whole.shape and bool((parts - whole).abs().max() <= 1e-4 * whole.abs().max())
 
-    def slices(self, ids: Tensor) -> Iterator[Tensor]:
-        """Logits [B, at most HEAD_TOKENS, V] of positions 0 .. L-2 of `ids` [B, L], in order, in the model's dtype."""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the plain head reads at every position of `ids` [B, L]: [B, L, H]. Only where `split`."""
+        out: Tensor = self._base(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        return out
+
+    def slices(self, ids: Tensor, start: int = 0) -> Iterator[Tensor]:
+        """As `Logits.slices`, in the model's dtype."""
         ids = ids.to(self.device)
         if self.split:
-            hidden = self._base(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
-            yield from map(self._head, hidden[:, :-1].split(HEAD_TOKENS, dim=1))
+            yield from map(self.head, self.hidden(ids)[:, :-1].split(HEAD_TOKENS, dim=1))
         else:
             yield from self.model(input_ids=ids, use_cache=False).logits[:, :-1].split(HEAD_TOKENS, dim=1)
 
@@ -80,7 +92,7 @@ class Scorer:
 def evaluate(
     model: Module,
     windows: Tensor,
-    reference: Module | None = None,
+    reference: Module | Logits | None = None,
     *,
     batch: int = 1,
     progress: Progress | None = None,
@@ -99,7 +111,7 @@ def evaluate(
     count, length = windows.shape
     sample = windows[:1, :PROBE_TOKENS]
     scorer = Scorer(model.eval(), sample)
-    ref_scorer = Scorer(reference.eval(), sample) if reference is not None else None
+    ref_scorer = Scorer(reference.eval(), sample) if isinstance(reference, Module) else reference
     divergence = Divergence()
     losses: list[float] = []  # mean cross-entropy of each window, nats
     ref_losses: list[float] = []
@@ -111,9 +123,9 @@ def evaluate(
         at = 1
         pairs: Iterator[tuple[Tensor, Tensor | None]]
         if ref_scorer is None:
-            pairs = ((got, None) for got in scorer.slices(ids))
+            pairs = ((got, None) for got in scorer.slices(ids, start))
         else:
-            pairs = zip(scorer.slices(ids), ref_scorer.slices(ids), strict=True)
+            pairs = zip(scorer.slices(ids, start), ref_scorer.slices(ids, start), strict=True)
         for got, ref in pairs:
             targets = ids[:, at : at + got.shape[1]].to(scorer.device)
             at += got.shape[1]

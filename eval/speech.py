@@ -7,8 +7,9 @@ model's* greedy ids, which needs no normalizer and no transcript and resolves ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -138,9 +139,29 @@ class Recognizer:
         """The transcript, without special tokens."""
         return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
+    def warm_up(self, clips: Sequence[Clip]) -> None:
+        """Transcribe a second of sound: set-up happens in the first call, which must not count as time of the first clip."""
+        self.greedy(self.features(clips[0].samples[:RATE]))
+
     def finished(self, ids: Tensor) -> bool:
         """False when decoding stopped at the length limit."""
         return int(ids[-1]) in self.eos
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one model made of one clip.
+
+    ids [T]: of its greedy transcript. given: how many of them were the prompt. finished: it ended before the length limit.
+    logits [T - given, V]: of ids[given:], teacher-forced; None for a clip longer than the window.
+    """
+
+    text: str
+    ids: Tensor
+    given: int
+    finished: bool
+    seconds: float
+    logits: Tensor | None
 
 
 class _Tally:
@@ -152,13 +173,13 @@ class _Tally:
         self.loops = 0
         self.seconds = 0.0
 
-    def add(self, text: str | None, heard: str, finished: bool, seconds: float) -> None:
-        plain = self.normalize(heard).strip()
+    def add(self, text: str | None, heard: Heard) -> None:
+        plain = self.normalize(heard.text).strip()
         expected = self.normalize(text).strip() if text is not None else ""
         if text is not None:
             self.edits.append(edits(expected, plain))
-        self.loops += (loops(plain) and not loops(expected)) or not finished
-        self.seconds += seconds
+        self.loops += (loops(plain) and not loops(expected)) or not heard.finished
+        self.seconds += heard.seconds
 
     def errors(self) -> np.ndarray:
         return np.array([e.errors for e in self.edits], dtype=np.float64)
@@ -181,10 +202,26 @@ class _Tally:
         )
 
 
+def listen(
+    reference: Module, processor: Any, clips: Sequence[Clip], language: str = "en", progress: Progress | None = None
+) -> Iterator[Heard]:
+    """What a reference makes of each clip. As a list it serves any number of evaluations: some 0.2 MB a token."""
+    recognizer = Recognizer(reference, processor, language)
+    recognizer.warm_up(clips)
+    for at, clip in enumerate(clips):
+        with torch.inference_mode():  # a generator's body runs outside its decorator
+            features, heard = _transcribe(recognizer, clip)
+            if not recognizer.is_long(clip.samples):
+                heard = replace(heard, logits=recognizer.logits(features, heard.ids)[heard.given - 1 :])
+        yield heard
+        if progress is not None:
+            progress(at + 1, len(clips))
+
+
 @torch.inference_mode()
 def evaluate(
     model: Module,
-    reference: Module | None,
+    reference: Module | Sequence[Heard] | None,
     processor: Any,
     clips: Sequence[Clip],
     *,
@@ -202,25 +239,25 @@ def evaluate(
         raise ValueError("no clips to evaluate: give --audio a folder or jsonl that lists at least one")
     normalize, normalizer_name = normalizer(processor, language, folder)
     ours = Recognizer(model, processor, language)
-    theirs = Recognizer(reference, processor, language) if reference is not None else None
+    ours.warm_up(clips)
+    theirs: Iterable[Heard | None] = repeat(None, len(clips))
+    if reference is not None:
+        theirs = listen(reference, processor, clips, language) if isinstance(reference, Module) else reference
     tally, ref_tally = _Tally(normalize), _Tally(normalize)
     divergence = Divergence()
     lines: list[Line] = []
-    for recognizer in (ours, theirs):
-        if recognizer is not None:
-            recognizer.greedy(recognizer.features(clips[0].samples[:RATE]))  # set-up happens in the first call, not in the RTF
 
-    for at, clip in enumerate(clips):
-        features, heard, _ = _transcribe(ours, clip, tally)
-        ref_heard = None
-        if theirs is not None:
-            ref_features, ref_heard, ids = _transcribe(theirs, clip, ref_tally)
-        if theirs is not None and not theirs.is_long(clip.samples):
-            skip = max(theirs.prompt_length(ids), 1)
-            ref_logits, logits = theirs.logits(ref_features, ids), ours.logits(features, ids)
-            if len(ids) > skip:
-                divergence.add(ref_logits[skip - 1 :].to(ours.device), logits[skip - 1 :], ids[skip:].to(ours.device), group=at)
-        lines.append(Line(file=str(clip.path), text=clip.text, transcript=heard, reference_transcript=ref_heard))
+    for at, (clip, there) in enumerate(zip(clips, theirs, strict=True)):
+        features, here = _transcribe(ours, clip)
+        tally.add(clip.text, here)
+        if there is not None:
+            ref_tally.add(clip.text, there)
+            wanted = there.ids[there.given :].to(ours.device)
+            if there.logits is not None and len(wanted):
+                logits = ours.logits(features, there.ids)[there.given - 1 :]
+                divergence.add(there.logits.to(ours.device), logits, wanted, group=at)
+        heard = None if there is None else there.text
+        lines.append(Line(file=str(clip.path), text=clip.text, transcript=here.text, reference_transcript=heard))
         if progress is not None:
             progress(at + 1, len(clips))
 
@@ -229,7 +266,7 @@ def evaluate(
     result = SpeechResult(
         clips=len(clips), audio_seconds=audio_seconds, normalizer=normalizer_name, model=summary, lines=tuple(lines)
     )
-    if theirs is None:
+    if reference is None:
         return result
     ref_summary = ref_tally.summary(audio_seconds)
     return replace(
@@ -238,7 +275,7 @@ def evaluate(
         wer_change=None if summary.wer is None or ref_summary.wer is None else summary.wer - ref_summary.wer,
         wer_change_error=ratio_error(tally.errors() - ref_tally.errors(), tally.words()),
         changed=changed(lines),
-        fidelity=None if all(theirs.is_long(clip.samples) for clip in clips) else divergence.fidelity(),
+        fidelity=None if all(ours.is_long(clip.samples) for clip in clips) else divergence.fidelity(),
     )
 
 
@@ -247,13 +284,12 @@ def changed(lines: Sequence[Line]) -> int:
     return sum(line.transcript != line.reference_transcript for line in lines)
 
 
-def _transcribe(recognizer: Recognizer, clip: Clip, tally: _Tally) -> tuple[dict[str, Tensor], str, Tensor]:
-    """Features, transcript and greedy ids of one clip; edits, loops and time go into `tally`."""
+def _transcribe(recognizer: Recognizer, clip: Clip) -> tuple[dict[str, Tensor], Heard]:
+    """Features of one clip and its greedy transcript, without logits."""
     start = time.perf_counter()
     features = recognizer.features(clip.samples)
     long = recognizer.is_long(clip.samples)
     ids = (recognizer.long_form(features) if long else recognizer.greedy(features)).cpu()
     seconds = time.perf_counter() - start
-    heard = recognizer.text(ids)
-    tally.add(clip.text, heard, long or recognizer.finished(ids), seconds)
-    return features, heard, ids
+    given = max(recognizer.prompt_length(ids), 1)
+    return features, Heard(recognizer.text(ids), ids, given, long or recognizer.finished(ids), seconds, None)

@@ -88,11 +88,15 @@ def test_edits_of_known_strings():
     assert wer.edits("a", "").errors == 1
 
 
+def heard(text, finished, seconds):
+    return speech.Heard(text, torch.tensor([0]), 1, finished, seconds, None)
+
+
 def test_wer_is_pooled_not_averaged():
     tally = speech._Tally(lambda text: text)
-    tally.add("a", "b", True, 1.0)  # 100 % of one word
-    tally.add("a b c d e f g h i", "a b c d e f g h i", True, 1.0)  # 0 % of nine
-    tally.add(None, "never scored", True, 2.0)
+    tally.add("a", heard("b", True, 1.0))  # 100 % of one word
+    tally.add("a b c d e f g h i", heard("a b c d e f g h i", True, 1.0))  # 0 % of nine
+    tally.add(None, heard("never scored", True, 2.0))
     summary = tally.summary(audio_seconds=8.0)
     assert summary.wer == pytest.approx(0.1)  # the mean of clips would be 0.5
     assert summary.words == 10
@@ -118,10 +122,10 @@ def test_speech_is_no_loop(text):
 
 def test_a_loop_in_the_transcript_is_no_fault():
     tally = speech._Tally(lambda text: text)
-    tally.add("row row row row your boat", "row row row row your boat", True, 1.0)
+    tally.add("row row row row your boat", heard("row row row row your boat", True, 1.0))
     assert tally.loops == 0
-    tally.add("row your boat", "row row row row your boat", True, 1.0)
-    tally.add("row your boat", "row your boat", False, 1.0)  # ran into the length limit
+    tally.add("row your boat", heard("row row row row your boat", True, 1.0))
+    tally.add("row your boat", heard("row your boat", False, 1.0))  # ran into the length limit
     assert tally.loops == 2
 
 
