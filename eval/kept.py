@@ -26,7 +26,7 @@ class Kept:
     def slices(self, ids: Tensor, start: int) -> Iterator[Tensor]:
         """As `Logits.slices`."""
         assert ids.shape[1] == self.hidden.shape[1], (ids.shape, self.hidden.shape)
-        yield from map(self.head, self.hidden[start : start + len(ids), :-1].split(HEAD_TOKENS, dim=1))
+        yield from map(self.head, torch.split(self.hidden[start : start + len(ids), :-1], HEAD_TOKENS, dim=1))
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ class Logits(Protocol):
     """Whatever gives a model's logits on windows: a Scorer runs the model, `kept.Kept` has run it before."""
 
     def slices(self, ids: Tensor, start: int) -> Iterator[Tensor]:
-        """Logits [B, at most HEAD_TOKENS, V] of positions 0 .. L-2, in order, of the windows start .. start+B-1: `ids` [B, L]."""
+        """Logits [B, at most HEAD_TOKENS, V] of positions 0 .. L-2 in order. `ids` [B, L] are windows start .. start+B-1."""
         ...
 
 
@@ -83,7 +83,7 @@ class Scorer:
         """As `Logits.slices`, in the model's dtype."""
         ids = ids.to(self.device)
         if self.split:
-            yield from map(self.head, self.hidden(ids)[:, :-1].split(HEAD_TOKENS, dim=1))
+            yield from map(self.head, torch.split(self.hidden(ids)[:, :-1], HEAD_TOKENS, dim=1))
         else:
             yield from self.model(input_ids=ids, use_cache=False).logits[:, :-1].split(HEAD_TOKENS, dim=1)
 

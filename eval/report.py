@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,11 @@ class Evaluation:
 def as_json(result: Evaluation | SpeedResult) -> str:
     """The result as JSON, field names as in the dataclasses, numbers unrounded."""
     return json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n"
+
+
+def identity_of(facts: Any) -> str:
+    """A digest of plain values."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(result: Evaluation | SpeedResult, path: Path) -> None:
@@ -113,9 +119,9 @@ def show_speed(result: SpeedResult, console: Console | None = None) -> None:
     sizes = {name: read for name, read in sizes.items() if read(result.model) is not None}
     wer = ["WER"] if any(side.wer is not None for side in sides) else []
     metrics = list(result.model.metrics)
-    table = _table("", *(METRICS[name] for name in metrics), *wer, *sizes)
+    table = table_of("", *(METRICS[name] for name in metrics), *wer, *sizes)
     for side in sides:
-        cells = [_pm(side.wer, None, ".2%")] * len(wer)
+        cells = [pm(side.wer, None, ".2%")] * len(wer)
         cells += ["" if (size := read(side)) is None else _mb(size) for read in sizes.values()]
         table.add_row(side.name, *(_spread(side.metrics.get(name)) for name in metrics), *cells)
         if side.ratios is not None:
@@ -123,7 +129,8 @@ def show_speed(result: SpeedResult, console: Console | None = None) -> None:
     console.print(table)
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table, numbers to the right."""
     table = Table(show_edge=False, pad_edge=False)
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at == 0 else "right", overflow="fold")
@@ -131,33 +138,33 @@ def _table(*columns: str) -> Table:
 
 
 def _text_table(text: TextResult) -> Table:
-    table = _table("", "model", "reference", "ratio")
+    table = table_of("", "model", "reference", "ratio")
     table.add_row(
         "perplexity",
-        _pm(text.perplexity, text.perplexity_error, ".4f"),
-        _pm(text.reference_perplexity, None, ".4f"),
-        _pm(text.ratio, text.ratio_error, ".5f"),
+        pm(text.perplexity, text.perplexity_error, ".4f"),
+        pm(text.reference_perplexity, None, ".4f"),
+        pm(text.ratio, text.ratio_error, ".5f"),
     )
     return table
 
 
 def _fidelity_table(fidelity: Fidelity) -> Table:
-    table = _table(f"against the reference, {fidelity.tokens} tokens", "")
-    table.add_row("mean KL divergence, nats", _pm(fidelity.kl_mean, fidelity.kl_error, ".6f"))
+    table = table_of(f"against the reference, {fidelity.tokens} tokens", "")
+    table.add_row("mean KL divergence, nats", pm(fidelity.kl_mean, fidelity.kl_error, ".6f"))
     table.add_row("median KL", f"{fidelity.kl_median:.6f}")
     table.add_row("99 % KL", f"{fidelity.kl_p99:.5f}")
     table.add_row("99.9 % KL", f"{fidelity.kl_p999:.5f}")
     table.add_row("maximum KL", f"{fidelity.kl_max:.5f}")
-    table.add_row("top-1 agreement", _pm(fidelity.top1, fidelity.top1_error, ".3%"))
+    table.add_row("top-1 agreement", pm(fidelity.top1, fidelity.top1_error, ".3%"))
     table.add_row("RMS delta-p of the correct token", f"{fidelity.rms_delta_p:.3%}")
     return table
 
 
 def _speech_table(speech: SpeechResult) -> Table:
     sides: list[Transcription] = [speech.model] + ([speech.reference] if speech.reference is not None else [])
-    table = _table("", "model", *(["reference"] if speech.reference is not None else []))
+    table = table_of("", "model", *(["reference"] if speech.reference is not None else []))
     rows: dict[str, Callable[[Transcription], str]] = {
-        "WER": lambda side: _pm(side.wer, side.wer_error, ".2%"),
+        "WER": lambda side: pm(side.wer, side.wer_error, ".2%"),
         "substitutions": lambda side: str(side.substitutions),
         "deletions": lambda side: str(side.deletions),
         "insertions": lambda side: str(side.insertions),
@@ -167,7 +174,7 @@ def _speech_table(speech: SpeechResult) -> Table:
     for name, read in rows.items():
         table.add_row(name, *(read(side) for side in sides))
     if speech.changed is not None:
-        table.add_row("WER change, paired", _pm(speech.wer_change, speech.wer_change_error, "+.2%"))
+        table.add_row("WER change, paired", pm(speech.wer_change, speech.wer_change_error, "+.2%"))
         table.add_row("changed transcripts", f"{speech.changed} of {speech.clips}")
     return table
 
@@ -183,7 +190,7 @@ def _show_changes(speech: SpeechResult, console: Console) -> None:
 
 
 def _task_table(result: Evaluation) -> Table:
-    table = _table("lm-eval task", "metric", "model", "reference")
+    table = table_of("lm-eval task", "metric", "model", "reference")
     for task, values in result.tasks.items():
         reference = result.reference_tasks.get(task, {})
         for metric, value in values.items():
@@ -197,10 +204,10 @@ def _task_table(result: Evaluation) -> Table:
 def _task_value(values: dict[str, float | str], metric: str, value: Any) -> str:
     name, comma, rest = metric.partition(",")
     error = values.get(f"{name}_stderr{comma}{rest}")
-    return _pm(value, error if isinstance(error, float) else None, ".4f")
+    return pm(value, error if isinstance(error, float) else None, ".4f")
 
 
-def _pm(value: float | None, error: float | None, shape: str) -> str:
+def pm(value: float | None, error: float | None, shape: str) -> str:
     """`value ± error` in one format; empty for None, without the error where there is none."""
     if value is None:
         return ""

@@ -14,6 +14,7 @@ import click
 
 VERBS = {
     "eval": "quant.eval.evaluate:command",
+    "compare": "quant.eval.compare:command",
     "bench": "quant.eval.speed:command",
     "run": "quant.eval.run:command",
     "inspect": "quant.show:command",
@@ -51,7 +52,7 @@ class Verbs(click.Group):
             raise click.Abort from None
 
 
-EPILOG = "Verbs: " + ", ".join(f"quantize {verb} OUT" for verb in VERBS) + "; each has its own --help."
+EPILOG = "Verbs: " + ", ".join(f"quantize {verb}" for verb in VERBS) + "; each has its own --help."
 
 
 @click.command("quantize", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

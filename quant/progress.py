@@ -51,3 +51,8 @@ class Reporter:
         for layer, reason in report.refused_folds.items():
             if done == 1 and not self.quiet:
                 self.console.print(f"  {layer} is not smoothed: {reason}", highlight=False, soft_wrap=True)
+
+    def evaluation(self, done: int, total: int) -> None:
+        """So many windows or clips have been measured."""
+        if self.console.is_terminal:
+            self.bar.update(self.task, total=total, completed=done, description="evaluating")

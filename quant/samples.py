@@ -12,6 +12,8 @@ from quant import audio, text
 from quant.calibrate import Sample
 from quant.plan import COMPUTE, Plan
 
+IDENTITIES: dict[Any, str] = {}  # of data that were read in this process
+
 
 def make_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
     """The recipe's calibration data as model inputs, and a line that says what it is.
@@ -24,6 +26,22 @@ def make_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
         for key in sorted(sample.inputs):
             digest.update(sample.inputs[key].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return samples, f"{line}, sha256 {digest.hexdigest()[:16]}"
+
+
+def data_identity(plan: Plan) -> str:
+    """A digest of the calibration data of `plan`, without running a model on it. Raises ValueError as `make_samples`."""
+    wanted = plan.recipe.calibration
+    key = (str(plan.source), wanted, plan.recipe.seed)
+    if key not in IDENTITIES:
+        digest = hashlib.sha256()
+        if plan.speech:
+            for clip in audio.clips(wanted.source, wanted.clips):
+                digest.update(clip.samples.tobytes() + repr(clip.text).encode())
+        else:
+            for sample in text_samples(plan, torch.device("cpu"))[0]:
+                digest.update(sample.inputs["input_ids"].numpy().tobytes())
+        IDENTITIES[key] = digest.hexdigest()
+    return IDENTITIES[key]
 
 
 def text_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
