@@ -89,11 +89,12 @@ class Bench:
     device: str = "cpu"
     keep: Path | None = None
     fresh: bool = False
+    say: Callable[[str], None] = lambda line: None
 
     def row(self, entry: str, recipe: Recipe, listen: Listener, progress: Progress) -> Row:
         """One recipe made and measured, or read from the cache; a recipe that this model refuses is a row that says why."""
         try:
-            plan = make_plan(self.given, recipe)
+            plan = make_plan(self.given, recipe, self.say, usable_device(self.device))
             key = identity_of([plan.identity(data_identity(plan)), self.judge.identity])
             result = self.cache / f"{key}.json"
             if result.is_file() and not self.fresh and (self.keep is None or self.kept(entry).exists()):

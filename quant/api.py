@@ -56,7 +56,7 @@ def quantize(
             tokenizer.save_pretrained(given)
             model = str(given)
         sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
-        plan = make_plan(str(model), load_recipe(recipe, sets))
+        plan = make_plan(str(model), load_recipe(recipe, sets), device=usable_device(device))
         target = Path(output) if output is not None else Path(scratch) / "packed"
         require_free(target)
         return load(compile_folder(plan, target, usable_device(device)))

@@ -65,7 +65,6 @@ def forwards(replacements: dict[nn.Module, Any]) -> Iterator[None]:
             del module.forward
 
 
-@torch.no_grad()
 def catch(model: nn.Module, stacks: list[Stack], at: int, samples: list[Sample], finals: list[list[Tensor]]) -> Chain:
     """The inputs of stack `at` for every sample; `finals[s][i]` is the output of stack s < at for sample i."""
     chain = Chain([], [])

@@ -63,6 +63,7 @@ EPILOG = "Verbs: " + ", ".join(f"quantize {verb}" for verb in VERBS) + "; each h
     "--calib", metavar="SOURCE", help="wikipedia, manual (default: both), wikitext2, c4, a text file, or a folder of audio."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. format.group=128.")
+@click.option("--bits", type=float, help="Stored bits per weight to spend, e.g. 3.5: layers get formats by sensitivity.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device for the arithmetic of a block.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would happen; write nothing.")
@@ -74,6 +75,7 @@ def job(
     output: Path | None,
     calib: str | None,
     overrides: tuple[str, ...],
+    bits: float | None,
     device: str,
     threads: int | None,
     only_plan: bool,
@@ -92,6 +94,7 @@ def job(
     from quant.recipe import load_recipe
 
     sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
+    sets += [f"bits={bits}"] if bits is not None else []
     recipe = load_recipe(recipe_name, sets)
     import torch
 
@@ -109,10 +112,10 @@ def job(
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the run has a bar of its own
     say = (lambda line: None) if quiet else (lambda line: console.print(line))
-    usable_device(device, here=not only_plan)
+    where = usable_device(device, here=not only_plan or recipe.bits is not None)
     if not only_plan:
         require_free(target)
-    plan = make_plan(model, recipe, say)
+    plan = make_plan(model, recipe, say, where)
     if only_plan:
         from quant.show import print_plan
 
@@ -122,7 +125,7 @@ def job(
 
     with Reporter(console, quiet) as reporter:
         try:
-            compile_folder(plan, target, usable_device(device), reporter.block)
+            compile_folder(plan, target, where, reporter.block)
         except KeyboardInterrupt:
             raise click.Abort("finished blocks are kept, the same command goes on where it stopped") from None
     if not quiet:

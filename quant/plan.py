@@ -125,10 +125,11 @@ class Plan:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
+def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: torch.device | None = None) -> Plan:
     """Resolve a model and apply a recipe to it. Raises ValueError for whatever cannot be done.
 
-    Reads headers only, unless a pass chooses formats from the weights; its choices are rules of the plan's recipe.
+    Reads headers only, unless a pass chooses formats from the weights or the recipe has a budget of bits, for which
+    sensitivities are measured on `device` (a CPU by default); the choices are rules of the plan's recipe.
     """
     source = resolve(given, say)
     model = empty_model(source)
@@ -148,7 +149,12 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None) -> Plan:
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
     recipe, selection = refined(recipe, selection, Weights(source, tensors), disk)
-    return Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
+    plan = Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
+    if recipe.bits is None:
+        return plan
+    from quant.budget import within  # it measures on a plan
+
+    return within(plan, device or torch.device("cpu"), say)
 
 
 def require_one_table(head: Head, disk: Mapping[str, str], tensors: Mapping[str, Entry]) -> None:

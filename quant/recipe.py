@@ -48,6 +48,7 @@ class Rule(Frozen):
 class Recipe(Frozen):
     """passes: name -> options, in order. format, activation: as their `config`. rules: the first that matches decides.
 
+    bits: the most stored bits per weight; layers without a rule then get formats by their sensitivity (quant/budget.py).
     head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
     number of bits stands for int_group in groups of 64, symmetric with 8 bits.
     """
@@ -58,6 +59,7 @@ class Recipe(Frozen):
     activation: str | dict[str, Any]
     passes: tuple[dict[str, dict[str, Any] | None], ...]
     rules: tuple[Rule, ...] = ()
+    bits: float | None = Field(default=None, gt=0, le=16)
     head: dict[str, Any] | None = None
     calibration: Calibration = Calibration()
     seed: int = 0

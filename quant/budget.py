@@ -1,0 +1,211 @@
+"""`bits: B` in a recipe: a format per layer, so that the packed linears take at most B stored bits per weight and lose least.
+
+Every family of layers that serving stacks fuse gets one int_group format out of widths BITS and groups GROUPS. What a format
+costs a layer is the predicted KL divergence of quant/sensitivity.py, for the error that the recipe's own quantizer leaves:
+
+    KL(format) = KL(round-to-nearest error)  x  KL(quantizer's error) / KL(round-to-nearest error) on some rows of some blocks
+
+The second factor is measured on every STRIDE-th block and taken from the same kind of layer elsewhere, since it depends on
+the format far more than on the depth. Predictions of different layers are added. Nothing but the weights and a few calibration
+samples is read; the measurements are kept in the cache, so another budget for the same model costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.checkpoint import every_number
+from quant.kernels.format import Format, fit_group, from_config
+from quant.kernels.formats.int_group import BITS, IntGroup
+from quant.kernels.rotation import by_matrix, rotate_gram
+from quant.knapsack import choose
+from quant.passes.base import Quantizer
+from quant.plan import Plan
+from quant.refine import resolved
+from quant.samples import data_identity, make_samples
+from quant.sensitivity import Feeling, feelings
+from quant.stats import InputStats
+from quant.targets import Target, families, refusal
+from quant.wheels import cache_folder
+
+GROUPS = (32, 64, 128)
+TOKENS, CLIPS = 4096, 8  # of the calibration data that sensitivities are measured on
+ROWS = 256  # of a layer, evenly spread, that round-to-nearest is tried on; the quantizer takes QUANTIZED of them
+QUANTIZED = 64
+STRIDE = 5
+
+Say = Callable[[str], None]
+Losses = dict[str, dict[Format, float]]  # first layer of a family -> format -> predicted KL, nats per token
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Formats by layer name, bits per weight of all packed linears with them, and the predicted loss in nats per token."""
+
+    formats: dict[str, Format]
+    bits: float
+    loss: float
+
+
+def within(plan: Plan, device: torch.device, say: Say) -> Plan:
+    """The plan with formats chosen for `plan.recipe.bits`; its recipe says them as rules. Raises ValueError in one line."""
+    bits = plan.recipe.bits
+    assert bits is not None
+    if not any(not target.pinned for target in plan.targets.values()):  # a recipe that was resolved before
+        return plan
+    found = mix(plan, measured(plan, device, say), bits)
+    targets = {
+        name: replace(target, format=found.formats[name], pinned=True, note=f"of {bits:g} bits")
+        if name in found.formats
+        else target
+        for name, target in plan.targets.items()
+    }
+    selection = replace(plan.selection, targets=targets)
+    counts: dict[str, int] = {}
+    for name, fmt in found.formats.items():
+        target = plan.targets[name]
+        counts[describe(fmt)] = counts.get(describe(fmt), 0) + target.n * target.k
+    total = plan.packed_weights()
+    shares = ", ".join(f"{text} {share / total:.0%}" for text, share in sorted(counts.items()))
+    say(f"{found.bits:.3f} bits per weight of {bits:g} allowed, predicted KL {found.loss:.4f}: {shares}")
+    return replace(plan, recipe=resolved(plan.recipe, selection), selection=selection)
+
+
+def describe(fmt: Format) -> str:
+    """A format in a word: 3-bit/64."""
+    assert isinstance(fmt, IntGroup)
+    return f"{fmt.bits}-bit/{fmt.group}"
+
+
+def free_families(plan: Plan) -> list[list[Target]]:
+    """Families in which no rule gives a format."""
+    return [family for family in families(plan.targets) if not any(target.pinned for target in family)]
+
+
+def candidates(plan: Plan, family: list[Target]) -> list[IntGroup]:
+    """The formats that all layers of a family could have."""
+    base, quantizer = plan.recipe.base_format(), plan.recipe.quantizer()
+    if not isinstance(base, IntGroup):
+        raise ValueError(
+            f"bits mixes widths of int_group, recipe {plan.recipe.name} packs {base.name}; give --recipe gptq, or no bits"
+        )
+    groups = {fit_group(group, family[0].k) for group in GROUPS}
+    found = [replace(base, bits=bits, group=group) for bits in BITS for group in sorted(g for g in groups if g is not None)]
+    return [f for f in found if not any(refusal(replace(t, format=f), quantizer) for t in family)]
+
+
+def mix(plan: Plan, losses: Losses, bits: float) -> Mix:
+    """The formats that lose least within `bits`. Raises ValueError when even the smallest do not fit."""
+    free = free_families(plan)
+    names = {target.name for family in free for target in family}
+    fixed = sum(t.format.stored_bytes(t.n, t.k) for t in plan.targets.values() if t.name not in names)
+    total = plan.packed_weights()
+    options = [list(losses[family[0].name]) for family in free]
+    costs = [
+        [sum(f.stored_bytes(t.n, t.k) for t in family) for f in formats] for family, formats in zip(free, options, strict=True)
+    ]
+    lost = [[losses[family[0].name][f] for f in formats] for family, formats in zip(free, options, strict=True)]
+    chosen = choose(costs, lost, math.floor(bits * total / 8) - fixed)
+    if chosen is None:
+        least = 8 * (sum(map(min, costs)) + fixed) / total
+        raise ValueError(f"bits {bits:g} is less than any mix of formats takes; give at least {math.ceil(least * 100) / 100:g}")
+    formats = {t.name: options[i][o] for i, o in enumerate(chosen) for t in free[i]}
+    stored = fixed + sum(costs[i][o] for i, o in enumerate(chosen))
+    return Mix(formats, 8 * stored / total, sum(lost[i][o] for i, o in enumerate(chosen)))
+
+
+def measured(plan: Plan, device: torch.device, say: Say) -> Losses:
+    """Predicted losses of all free families, from the cache or measured now."""
+    for family in free_families(plan):
+        candidates(plan, family)  # a format that cannot be mixed is refused before anything is computed
+    few = plan.recipe.calibration.model_copy(update={"tokens": TOKENS, "clips": CLIPS})
+    small = replace(plan, recipe=plan.recipe.model_copy(update={"bits": None, "calibration": few}))
+    facts = [small.identity(data_identity(small)), GROUPS, ROWS, QUANTIZED, STRIDE]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    file = cache_folder() / "sensitivity" / f"{key}.json"
+    if not file.is_file():
+        say("measuring what each layer would lose in each format")
+        save(measure(small, device, say), file)
+    stored: dict[str, list[list[Any]]] = json.loads(file.read_text(encoding="utf-8"))
+    return {name: {from_config(config): loss for config, loss in rows} for name, rows in stored.items()}
+
+
+def save(losses: Losses, file: Path) -> None:
+    """Write losses in one step."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    rows = {name: [[fmt.config(), loss] for fmt, loss in options.items()] for name, options in losses.items()}
+    temporary.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def measure(plan: Plan, device: torch.device, say: Say) -> Losses:
+    """Predicted losses of all free families on the plan's calibration data."""
+    samples, _ = make_samples(plan, device)
+    quantizer = plan.recipe.quantizer()
+    free = free_families(plan)
+    nearest: Losses = {}
+    factors: dict[tuple[str, Format], list[float]] = {}  # kind of layer, format -> quantizer's loss / round-to-nearest's
+    seen: dict[str, int] = {}
+
+    def tell(done: int, total: int) -> None:
+        if done % 10 == 0 or done == total:
+            say(f"[{done}/{total}] blocks measured")
+
+    for block in feelings(plan, samples, device, tell):
+        for family in (f for f in free if f[0].name in block):
+            kind = every_number(family[0].name)
+            trial = seen.get(kind, 0) % STRIDE == 0
+            seen[kind] = seen.get(kind, 0) + 1
+            felt = [turned(block[target.name], target.activation.rotate) for target in family]
+            for fmt in candidates(plan, family):
+                loss = sum(lost(some, fmt, None) for some in (sampled(x, ROWS) for x in felt))
+                nearest.setdefault(family[0].name, {})[fmt] = loss
+                if trial:
+                    few = [sampled(x, QUANTIZED) for x in felt]
+                    ratio = sum(lost(x, fmt, quantizer) for x in few) / max(sum(lost(x, fmt, None) for x in few), 1e-30)
+                    factors.setdefault((kind, fmt), []).append(ratio)
+    return {
+        name: {fmt: loss * geometric_mean(factors[every_number(name), fmt]) for fmt, loss in options.items()}
+        for name, options in nearest.items()
+    }
+
+
+def lost(felt: Feeling, fmt: Format, quantizer: Quantizer | None) -> float:
+    """Predicted loss of one layer quantized by round-to-nearest (None) or by `quantizer`."""
+    if quantizer is None:
+        codes = fmt.nearest(felt.weight)
+    else:
+        codes = quantizer.quantize(felt.weight, InputStats(gram=felt.gram, tokens=1), fmt)
+    return max(felt.divergence(felt.weight - fmt.dequantize(codes)), 0.0)
+
+
+def sampled(felt: Feeling, count: int) -> Feeling:
+    """Some rows of a layer, evenly spread, that stand for all: their weights in the loss sum to those of all rows."""
+    n = len(felt.weight)
+    if n <= count:
+        return felt
+    rows = torch.linspace(0, n - 1, count, device=felt.weight.device).round().long()
+    part = felt.fisher[rows]
+    return Feeling(felt.weight[rows], felt.gram, part * (felt.fisher.sum() / part.sum().clamp_min(1e-30)))
+
+
+def turned(felt: Feeling, size: int) -> Feeling:
+    """The layer as the quantizer meets it, its input channels rotated in blocks of `size`."""
+    if not size:
+        return felt
+    return Feeling(by_matrix(felt.weight, size), rotate_gram(felt.gram, size), felt.fisher)
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Of positive values; 0 counts as 1e-30."""
+    return math.exp(sum(math.log(max(value, 1e-30)) for value in values) / len(values))

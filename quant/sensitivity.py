@@ -1,0 +1,167 @@
+"""How much the model's loss feels an error of each layer: a backward pass over a few samples, one block in memory.
+
+Let p be the float model's next-token distribution. An error dy of a layer's output moves it by
+
+    KL = 1/2 dy^T F dy,    F = E[g g^T],    g = d(-log p(s)) / dy,  s drawn from p itself
+
+to second order (F is the Fisher information; no label of the text is needed). With a weight error D = W - Q, dy = D x, and
+the expectation over tokens of the two factors taken apart, rows of D independent:
+
+    KL(D) = 1/2 sum_n  E[g_n^2]  D_n E[x x^T] D_n^T                    nats per token
+
+The two expectations, `fisher` [N] and `gram` [K, K], are all that is kept of a layer. (The product of two factors is that of
+K-FAC, Martens and Grosse, 2015, with a diagonal output factor.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.calibrate import Chain, Sample, catch, first, forwards
+from quant.compile import materialize, release
+from quant.plan import COMPUTE, Plan
+
+
+@dataclass
+class Feeling:
+    """One linear. weight float32 [N, K]; gram [K, K] and fisher [N] are means over tokens."""
+
+    weight: Tensor
+    gram: Tensor
+    fisher: Tensor
+
+    def divergence(self, error: Tensor) -> float:
+        """KL(error [N, K]) in nats per token; of some of the rows if `fisher` was cut to the same rows."""
+        rows = ((error @ self.gram) * error).sum(1)
+        return 0.5 * float(self.fisher @ rows)
+
+
+Progress = Callable[[int, int], None]  # blocks done, of how many
+
+
+def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: Progress) -> Iterator[dict[str, Feeling]]:
+    """The targets of each block, last block first. Holds the hidden states of `samples` at every block, and one block."""
+    weights = plan.weights()
+    inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
+    outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside) and n in plan.disk]
+    materialize(plan.model, outer, "", weights, plan.disk, COMPUTE, device)
+    total = sum(len(stack.blocks) for stack in plan.stacks)
+    chains: list[Chain] = []
+    states: list[list[list[Tensor]]] = []  # stack, block, sample
+    finals: list[list[Tensor]] = []
+    for at in range(len(plan.stacks)):
+        with torch.enable_grad():  # later stacks read the outputs of earlier ones through layers outside of both
+            chain = catch(plan.model, plan.stacks, at, samples, finals)
+        ahead, final = forward(plan, at, chain, device)
+        states.append(ahead)
+        chains.append(chain)
+        finals.append([hidden.requires_grad_() for hidden in final])
+    for index, sample in enumerate(samples):
+        score(plan, sample, [final[index] for final in finals], plan.recipe.seed + index)
+    release(plan.model, outer)
+    done = 0
+    for at in reversed(range(len(plan.stacks))):
+        grads = [hidden.grad for hidden in finals[at] if hidden.grad is not None]
+        assert len(grads) == len(samples)
+        for position in reversed(range(len(plan.stacks[at].blocks))):
+            name = plan.stacks[at].blocks[position]
+            block = loaded(plan, name, device)
+            yield backward(plan, name, block, Chain(states[at].pop(), chains[at].calls), grads, samples)
+            done += 1
+            progress(done, total)
+
+
+def loaded(plan: Plan, name: str, device: torch.device) -> nn.Module:
+    """A float block."""
+    block: nn.Module = copy.deepcopy(plan.model.get_submodule(name))
+    params = [n for n, _ in block.named_parameters()]
+    materialize(block, params, f"{name}.", plan.weights(), plan.disk, COMPUTE, device)
+    return block
+
+
+@torch.no_grad()
+def forward(plan: Plan, at: int, chain: Chain, device: torch.device) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The input of every block of a stack, by block and sample, and the output of its last."""
+    states = []
+    hidden = chain.hidden
+    for name in plan.stacks[at].blocks:
+        states.append(hidden)
+        block = loaded(plan, name, device)
+        step = Chain(hidden, chain.calls)
+        hidden = [step.run(block, index) for index in range(len(hidden))]
+    return states, hidden
+
+
+def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> None:
+    """Backpropagate -log p of tokens drawn from the model's own distribution into `finals`, the outputs of its stacks."""
+    replacements: dict[nn.Module, Any] = {}
+    for stack, final in zip(plan.stacks, finals, strict=True):
+        for position, name in enumerate(stack.blocks):
+            stored = final if position == 0 else None
+            replacements[plan.model.get_submodule(name)] = lambda x, *a, stored=stored, **k: x if stored is None else stored
+    with torch.enable_grad(), forwards(replacements):
+        logits = plan.model(**sample.inputs, use_cache=False).logits[0].float()
+        scores = torch.log_softmax(logits, -1)
+        drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed))
+        (-scores.gather(1, drawn.to(scores.device)).sum()).backward()  # type: ignore[no-untyped-call]
+
+
+def backward(
+    plan: Plan, name: str, block: nn.Module, chain: Chain, grads: list[Tensor], samples: list[Sample]
+) -> dict[str, Feeling]:
+    """What the targets of one block feel. grads [B, L, H] of its output, by sample, are replaced by those of its input."""
+    targets = [target for target in plan.targets if target.startswith(f"{name}.")]
+    grams: dict[str, Tensor] = {}
+    fishers: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    counts = dict.fromkeys(targets, 0)
+    sources: dict[str, str] = {}  # target -> the first that reads the same tensor
+
+    def watch(target: str, masks: dict[int, Tensor]) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            x = args[0].detach()
+            inputs[target] = args[0]
+            sources.setdefault(target, next(t for t, seen in inputs.items() if seen is args[0]))
+            mask = masks.get(x.shape[1]) if x.dim() == 3 else None
+            keep = slice(None) if mask is None else mask.reshape(-1)
+            rows = x.reshape(-1, x.shape[-1])[keep].float()
+            if sources[target] == target:
+                grams[target] = grams.get(target, 0) + rows.T @ rows
+            counts[target] += len(rows)
+
+            def seen(grad: Tensor) -> None:
+                g = grad.reshape(-1, grad.shape[-1])[keep].float()
+                fishers[target] = fishers.get(target, 0) + g.square().sum(0)
+
+            out.register_hook(seen)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    for index, sample in enumerate(samples):
+        inputs.clear()
+        handles = [
+            block.get_submodule(t.removeprefix(f"{name}.")).register_forward_hook(watch(t, sample.masks)) for t in targets
+        ]
+        try:
+            with torch.enable_grad():
+                hidden = chain.hidden[index].detach().requires_grad_()
+                out = first(block(hidden, *chain.calls[index][0], **chain.calls[index][1]))
+                # what leads from an earlier stack to this one is shared by all blocks, hence kept
+                torch.autograd.backward(out, grads[index].to(out.dtype), retain_graph=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert hidden.grad is not None
+        grads[index] = hidden.grad
+    found = {}
+    for target in targets:
+        weight, count = block.get_submodule(target.removeprefix(f"{name}.")).weight, counts[target]
+        assert isinstance(weight, Tensor)
+        found[target] = Feeling(weight.detach().float(), grams[sources[target]] / count, fishers[target] / count)
+    return found
