@@ -189,8 +189,8 @@ def command(
 ) -> None:
     """Recipes side by side on MODEL: size, perplexity, KL divergence, agreement; word errors for speech."""
     from quant.eval import comparison
-    from quant.eval.evaluate import require_data
-    from quant.models import resolve
+    from quant.eval.evaluate import read_windows, require_data
+    from quant.models import model_class, resolve
     from quant.wheels import cache_folder
 
     loading.quiet()
@@ -207,11 +207,13 @@ def command(
         assert audio is not None
         judge = SpeechJudge(source, audio, limit, language, dtype, device)
     else:
-        judge = TextJudge(source, text, length, limit, dtype, device)
+        corpus, windows, _ = read_windows(source, model_class(source)[0], text, length, limit)
+        judge = TextJudge(source, corpus, windows, dtype, device)
     cache = cache_folder() / "compare"
     cache.mkdir(parents=True, exist_ok=True)
-    bench = Bench(model, judge, cache, device, keep, fresh)
-    rows = run_all(bench, entries, Console(stderr=True, soft_wrap=True, highlight=False, markup=False), quiet)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    bench = Bench(model, judge, cache, device, keep, fresh, (lambda line: None) if quiet else console.print)
+    rows = run_all(bench, entries, console, quiet)
     comparison.show(model, judge.about, rows)
     if csv_path is not None:
         comparison.write_csv(rows, csv_path)
@@ -228,11 +230,10 @@ def run_all(bench: Bench, entries: dict[str, Recipe], console: Console, quiet: b
     from quant.progress import Reporter
 
     rows: list[Row] = []
-    say: Callable[[str], None] = (lambda line: None) if quiet else console.print
     for at, (entry, recipe) in enumerate(entries.items(), 1):
         with Reporter(console, quiet) as reporter:
             row = bench.row(entry, recipe, reporter.block, reporter.evaluation)
         rows.append(row)
         state = row.failed or ("known already" if row.cached else "measured")
-        say(f"[{at}/{len(entries)}] {entry}: {state}")
+        bench.say(f"[{at}/{len(entries)}] {entry}: {state}")
     return rows

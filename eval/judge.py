@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from quant.eval import kept, loading, perplexity, speech
-from quant.eval.evaluate import read_windows
 from quant.eval.perplexity import Progress
 from quant.eval.report import identity_of
 
@@ -48,14 +49,11 @@ class Judge(Protocol):
 class TextJudge:
     """Perplexity and divergence on windows [W, L] of a text."""
 
-    def __init__(self, source: Path, text: str | None, length: int, limit: int | None, dtype: str, device: str) -> None:
-        from transformers import AutoConfig
-
-        self.source, self.dtype, self.device = source, dtype, device
-        corpus, self.windows, _ = read_windows(source, AutoConfig.from_pretrained(source), text, length, limit)
-        self.about = f"text: {corpus}, {len(self.windows)} windows of {length} tokens, {dtype}"
-        digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
-        self.identity = identity_of([digest, length, dtype, device, loading.versions()])
+    def __init__(self, source: Path, corpus: str, windows: Tensor, dtype: str, device: str) -> None:
+        self.source, self.windows, self.dtype, self.device = source, windows, dtype, device
+        self.about = f"text: {corpus}, {len(windows)} windows of {windows.shape[1]} tokens, {dtype}"
+        digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+        self.identity = identity_of([digest, list(windows.shape), dtype, device, loading.versions()])
 
     @cached_property
     def reference(self) -> perplexity.Logits:

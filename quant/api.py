@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_ta
 from quant.loading import load
 from quant.models import INDEX
 from quant.plan import Plan, make_plan
-from quant.recipe import load_recipe
+from quant.recipe import Recipe, load_recipe
 from quant.resources import peak_memory_bytes, usable_device
 from quant.samples import make_samples
 from quant.workspace import Workspace
@@ -36,6 +37,7 @@ def quantize(
     recipe: str = "dgq",
     output: str | Path | None = None,
     *,
+    bits: float | None = None,
     calib: str | None = None,
     overrides: Iterable[str] = (),
     device: str = "cpu",
@@ -44,7 +46,8 @@ def quantize(
     """The packed transformers model of `model`, written to `output` on the way.
 
     model: folder, hub id, demo:NAME, or a transformers model in memory, which then needs its `tokenizer` (or processor).
-    recipe: a shipped recipe or a .yaml file; overrides: "key.key=value". calib: as in the recipe's calibration.source.
+    recipe: a shipped recipe, a .yaml file, or "auto", which tries them; bits: stored bits per weight to spend, see
+    quant/budget.py; overrides: "key.key=value". calib: as in the recipe's calibration.source.
     output None: the folder is temporary and gone when this returns. Raises ValueError with one line for user mistakes.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,10 +59,22 @@ def quantize(
             tokenizer.save_pretrained(given)
             model = str(given)
         sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
-        plan = make_plan(str(model), load_recipe(recipe, sets), device=usable_device(device))
         target = Path(output) if output is not None else Path(scratch) / "packed"
         require_free(target)
-        return load(compile_folder(plan, target, usable_device(device)))
+        where = usable_device(device)
+        plan = make_plan(str(model), find_recipe(str(model), recipe, bits, sets, where), device=where)
+        return load(compile_folder(plan, target, where))
+
+
+def find_recipe(
+    given: str, name: str, bits: float | None, sets: list[str], device: torch.device, say: Any = lambda line: None
+) -> Recipe:
+    """The recipe called `name` with overrides and budget; for "auto", the one that measures best on the model `given`."""
+    if name == "auto":
+        auto: Any = importlib.import_module("quant.eval.auto")  # it measures, so it lies above this file
+        chosen: Recipe = auto.choose(given, bits, sets, device, say)
+        return chosen
+    return load_recipe(name, sets if bits is None else [*sets, f"bits={bits}"])
 
 
 def require_free(output: Path) -> None:

@@ -57,7 +57,7 @@ EPILOG = "Verbs: " + ", ".join(f"quantize {verb}" for verb in VERBS) + "; each h
 
 @click.command("quantize", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", required=False)
-@click.option("--recipe", "recipe_name", default="dgq", show_default=True, help="A recipe's name, or a .yaml file.")
+@click.option("--recipe", "recipe_name", default="dgq", show_default=True, help="A recipe's name, a .yaml file, or auto.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; MODEL-RECIPE by default.")
 @click.option(
     "--calib", metavar="SOURCE", help="wikipedia, manual (default: both), wikitext2, c4, a text file, or a folder of audio."
@@ -94,27 +94,29 @@ def job(
     from quant.recipe import load_recipe
 
     sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
-    sets += [f"bits={bits}"] if bits is not None else []
-    recipe = load_recipe(recipe_name, sets)
+    words = [model.removeprefix("demo:").rstrip("/").rpartition("/")[2]]
+    words += ["auto" if recipe_name == "auto" else load_recipe(recipe_name, sets).name]
+    words += [] if bits is None else [f"{bits:g}bits"]
     import torch
 
-    from quant.checkpoint import safe_name
-
-    target = output or Path(f"{safe_name(model.removeprefix('demo:').rstrip('/').rpartition('/')[2])}-{recipe.name}")
     if threads is not None:
         torch.set_num_threads(threads)
     from transformers.utils import logging
 
-    from quant.api import compile_folder, require_free
+    from quant.api import compile_folder, find_recipe, require_free
+    from quant.checkpoint import safe_name
     from quant.plan import make_plan
     from quant.resources import usable_device
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the run has a bar of its own
+    target = output or Path(safe_name("-".join(words)))
     say = (lambda line: None) if quiet else (lambda line: console.print(line))
-    where = usable_device(device, here=not only_plan or recipe.bits is not None)
+    measures = recipe_name == "auto" or bits is not None
+    where = usable_device(device, here=measures or not only_plan)
     if not only_plan:
         require_free(target)
+    recipe = find_recipe(model, recipe_name, bits, sets, where, say)
     plan = make_plan(model, recipe, say, where)
     if only_plan:
         from quant.show import print_plan
@@ -139,7 +141,8 @@ def list_all(console: Any) -> None:
     from quant.demo import DEMOS
     from quant.recipe import available
 
-    for title, rows in (("recipes", available()), ("demo models", {f"demo:{n}": d.description for n, d in DEMOS.items()})):
+    recipes = {**available(), "auto": "The recipe or mix that measures best within --bits, tried on a few blocks of the model"}
+    for title, rows in (("recipes", recipes), ("demo models", {f"demo:{n}": d.description for n, d in DEMOS.items()})):
         console.print(title, style="bold")
         for name, text in rows.items():
             console.print(f"  {name:24} {text}")

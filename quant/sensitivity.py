@@ -9,8 +9,14 @@ the expectation over tokens of the two factors taken apart, rows of D independen
 
     KL(D) = 1/2 sum_n  E[g_n^2]  D_n E[x x^T] D_n^T                    nats per token
 
-The two expectations, `fisher` [N] and `gram` [K, K], are all that is kept of a layer. (The product of two factors is that of
-K-FAC, Martens and Grosse, 2015, with a diagonal output factor.)
+That treats tokens as if each spoke for itself, but an error is the same matrix at every token: what attention averages over
+tokens adds up (a v_proj loses five times more than so predicted). Each layer's prediction is therefore multiplied by
+
+    coherence = E |sum_t g_t x_t^T|^2  /  E sum_t |g_t|^2 |x_t|^2
+
+over samples, which is 1 where tokens are independent. The two expectations, `fisher` [N] (coherence included) and `gram`
+[K, K], are all that is kept of a layer. (The product of two factors is that of K-FAC, Martens and Grosse, 2015, with a
+diagonal output factor.)
 """
 
 from __future__ import annotations
@@ -51,6 +57,7 @@ def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: 
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside) and n in plan.disk]
     materialize(plan.model, outer, "", weights, plan.disk, COMPUTE, device)
+    outer += tie(plan.model)
     total = sum(len(stack.blocks) for stack in plan.stacks)
     chains: list[Chain] = []
     states: list[list[list[Tensor]]] = []  # stack, block, sample
@@ -75,6 +82,14 @@ def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: 
             yield backward(plan, name, block, Chain(states[at].pop(), chains[at].calls), grads, samples)
             done += 1
             progress(done, total)
+
+
+def tie(model: Any) -> list[str]:
+    """Give parameters that share another's tensor, such as those of a tied head, that tensor; returns their names."""
+    for name, source in model.all_tied_weights_keys.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
+    return list(model.all_tied_weights_keys)
 
 
 def loaded(plan: Plan, name: str, device: torch.device) -> nn.Module:
@@ -106,6 +121,7 @@ def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> None:
             stored = final if position == 0 else None
             replacements[plan.model.get_submodule(name)] = lambda x, *a, stored=stored, **k: x if stored is None else stored
     with torch.enable_grad(), forwards(replacements):
+        assert not plan.model.get_output_embeddings().weight.is_meta
         logits = plan.model(**sample.inputs, use_cache=False).logits[0].float()
         scores = torch.log_softmax(logits, -1)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed))
@@ -120,7 +136,7 @@ def backward(
     grams: dict[str, Tensor] = {}
     fishers: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
-    counts = dict.fromkeys(targets, 0)
+    counts, together, apart = dict.fromkeys(targets, 0), dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 0.0)
     sources: dict[str, str] = {}  # target -> the first that reads the same tensor
 
     def watch(target: str, masks: dict[int, Tensor]) -> Any:
@@ -138,6 +154,8 @@ def backward(
             def seen(grad: Tensor) -> None:
                 g = grad.reshape(-1, grad.shape[-1])[keep].float()
                 fishers[target] = fishers.get(target, 0) + g.square().sum(0)
+                together[target] += float((g.T @ rows).square().sum())
+                apart[target] += float(g.square().sum(1) @ rows.square().sum(1))
 
             out.register_hook(seen)  # type: ignore[no-untyped-call]
 
@@ -163,5 +181,7 @@ def backward(
     for target in targets:
         weight, count = block.get_submodule(target.removeprefix(f"{name}.")).weight, counts[target]
         assert isinstance(weight, Tensor)
-        found[target] = Feeling(weight.detach().float(), grams[sources[target]] / count, fishers[target] / count)
+        coherence = together[target] / max(apart[target], 1e-30)
+        fisher = coherence * fishers[target] / count
+        found[target] = Feeling(weight.detach().float(), grams[sources[target]] / count, fisher)
     return found
