@@ -146,6 +146,8 @@ def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
 
 def label(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """A name beside each point, in the first of some places around it where it covers no other name and no point."""
+    from matplotlib.patheffects import withStroke
+
     figure.draw_without_rendering()  # fixes the scales, so that text has a size
     renderer = figure.canvas.get_renderer()
     dots = [axis.transData.transform((x, y)) for x, y, _ in points]
@@ -159,6 +161,7 @@ def label(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) ->
 
     for x, y, name in sorted(points):
         text = axis.annotate(name, (x, y), xytext=corners[0], textcoords="offset points", fontsize=8)
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable where a line passes
         for dx, dy in (*places, corners[0]):
             text.set_position((dx, dy))
             text.set_horizontalalignment("left" if dx > 0 else "right")
