@@ -42,6 +42,7 @@ TOKENS, CLIPS = 4096, 8  # of the calibration data that sensitivities are measur
 ROWS = 256  # of a layer, evenly spread, that round-to-nearest is tried on; the quantizer takes QUANTIZED of them
 QUANTIZED = 64
 STRIDE = 5
+REVISION = 2  # of what is measured: results of another one are not used
 
 Say = Callable[[str], None]
 Losses = dict[str, dict[Format, float]]  # first layer of a family -> format -> predicted KL, nats per token
@@ -129,7 +130,7 @@ def measured(plan: Plan, device: torch.device, say: Say) -> Losses:
         candidates(plan, family)  # a format that cannot be mixed is refused before anything is computed
     few = plan.recipe.calibration.model_copy(update={"tokens": TOKENS, "clips": CLIPS})
     small = replace(plan, recipe=plan.recipe.model_copy(update={"bits": None, "calibration": few}))
-    facts = [small.identity(data_identity(small)), GROUPS, ROWS, QUANTIZED, STRIDE]
+    facts = [REVISION, small.identity(data_identity(small)), GROUPS, ROWS, QUANTIZED, STRIDE]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     file = cache_folder() / "sensitivity" / f"{key}.json"
     if not file.is_file():
@@ -196,14 +197,16 @@ def sampled(felt: Feeling, count: int) -> Feeling:
         return felt
     rows = torch.linspace(0, n - 1, count, device=felt.weight.device).round().long()
     part = felt.fisher[rows]
-    return Feeling(felt.weight[rows], felt.gram, part * (felt.fisher.sum() / part.sum().clamp_min(1e-30)))
+    return replace(felt, weight=felt.weight[rows], fisher=part * (felt.fisher.sum() / part.sum().clamp_min(1e-30)))
 
 
 def turned(felt: Feeling, size: int) -> Feeling:
     """The layer as the quantizer meets it, its input channels rotated in blocks of `size`."""
     if not size:
         return felt
-    return Feeling(by_matrix(felt.weight, size), rotate_gram(felt.gram, size), felt.fisher)
+    return replace(
+        felt, weight=by_matrix(felt.weight, size), gram=rotate_gram(felt.gram, size), felt=rotate_gram(felt.felt, size)
+    )
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -4,19 +4,20 @@ Let p be the float model's next-token distribution. An error dy of a layer's out
 
     KL = 1/2 dy^T F dy,    F = E[g g^T],    g = d(-log p(s)) / dy,  s drawn from p itself
 
-to second order (F is the Fisher information; no label of the text is needed). With a weight error D = W - Q, dy = D x, and
-the expectation over tokens of the two factors taken apart, rows of D independent:
+to second order (F is the Fisher information; no label of the text is needed). With a weight error D = W - Q, dy = D x. For
+rows of D that are independent, and rows of g whose sizes rise and fall together from token to token,
 
-    KL(D) = 1/2 sum_n  E[g_n^2]  D_n E[x x^T] D_n^T                    nats per token
+    KL(D) = 1/2 sum_n  E[g_n^2]  D_n A D_n^T,    A = E[|g|^2 x x^T] / E[|g|^2]        nats per token
 
-That treats tokens as if each spoke for itself, but an error is the same matrix at every token: what attention averages over
-tokens adds up (a v_proj loses five times more than so predicted). Each layer's prediction is therefore multiplied by
+A counts a token's input as much as the loss feels the token: the huge inputs of attention sinks, which later layers hardly
+read, would else make down_proj layers seem ten times more sensitive than they are. That still treats tokens as if each spoke
+for itself, but an error is the same matrix at every token: what attention averages over tokens adds up (a v_proj loses five
+times more than so predicted). Each layer's prediction is therefore multiplied by
 
     coherence = E |sum_t g_t x_t^T|^2  /  E sum_t |g_t|^2 |x_t|^2
 
-over samples, which is 1 where tokens are independent. The two expectations, `fisher` [N] (coherence included) and `gram`
-[K, K], are all that is kept of a layer. (The product of two factors is that of K-FAC, Martens and Grosse, 2015, with a
-diagonal output factor.)
+over samples, which is 1 where tokens are independent. `fisher` [N] (coherence included) and `felt` = A [K, K] are what is kept
+of a layer. (A product of two factors as in K-FAC, Martens and Grosse, 2015, with a diagonal output factor.)
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ from quant.plan import COMPUTE, Plan
 
 @dataclass
 class Feeling:
-    """One linear. weight float32 [N, K]; gram [K, K] and fisher [N] are means over tokens."""
+    """One linear. weight float32 [N, K]; means over tokens: gram [K, K] of its inputs, felt [K, K] and fisher [N] of the loss."""
 
     weight: Tensor
     gram: Tensor
+    felt: Tensor
     fisher: Tensor
 
     def divergence(self, error: Tensor) -> float:
         """KL(error [N, K]) in nats per token; of some of the rows if `fisher` was cut to the same rows."""
-        rows = ((error @ self.gram) * error).sum(1)
+        rows = ((error @ self.felt) * error).sum(1)
         return 0.5 * float(self.fisher @ rows)
 
 
@@ -134,6 +136,7 @@ def backward(
     """What the targets of one block feel. grads [B, L, H] of its output, by sample, are replaced by those of its input."""
     targets = [target for target in plan.targets if target.startswith(f"{name}.")]
     grams: dict[str, Tensor] = {}
+    felts: dict[str, Tensor] = {}
     fishers: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     counts, together, apart = dict.fromkeys(targets, 0), dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 0.0)
@@ -154,8 +157,10 @@ def backward(
             def seen(grad: Tensor) -> None:
                 g = grad.reshape(-1, grad.shape[-1])[keep].float()
                 fishers[target] = fishers.get(target, 0) + g.square().sum(0)
+                weighted = rows * g.norm(dim=1, keepdim=True)
+                felts[target] = felts.get(target, 0) + weighted.T @ weighted
                 together[target] += float((g.T @ rows).square().sum())
-                apart[target] += float(g.square().sum(1) @ rows.square().sum(1))
+                apart[target] += float(weighted.square().sum())
 
             out.register_hook(seen)  # type: ignore[no-untyped-call]
 
@@ -182,6 +187,6 @@ def backward(
         weight, count = block.get_submodule(target.removeprefix(f"{name}.")).weight, counts[target]
         assert isinstance(weight, Tensor)
         coherence = together[target] / max(apart[target], 1e-30)
-        fisher = coherence * fishers[target] / count
-        found[target] = Feeling(weight.detach().float(), grams[sources[target]] / count, fisher)
+        gram, felt = grams[sources[target]] / count, felts[target] / fishers[target].sum().clamp_min(1e-30)
+        found[target] = Feeling(weight.detach().float(), gram, felt, coherence * fishers[target] / count)
     return found
