@@ -61,7 +61,10 @@ def within(plan: Plan, device: torch.device, say: Say) -> Plan:
     """The plan with formats chosen for `plan.recipe.bits`; its recipe says them as rules. Raises ValueError in one line."""
     bits = plan.recipe.bits
     assert bits is not None
-    if not any(not target.pinned for target in plan.targets.values()):  # a recipe that was resolved before
+    if not free_families(plan):  # a recipe that was resolved before, or one that chooses formats itself
+        taken = 8 * plan.packed_bytes() / plan.packed_weights()
+        if taken > bits:
+            raise ValueError(f"recipe {plan.recipe.name} gives every layer a format, {taken:.3f} bits in all; bits is {bits:g}")
         return plan
     found = mix(plan, measured(plan, device, say), bits)
     targets = {
@@ -175,10 +178,16 @@ def measure(plan: Plan, device: torch.device, say: Say) -> Losses:
                     few = [sampled(x, QUANTIZED) for x in felt]
                     ratio = sum(lost(x, fmt, quantizer) for x in few) / max(sum(lost(x, fmt, None) for x in few), 1e-30)
                     factors.setdefault((kind, fmt), []).append(ratio)
-    return {
+    losses = {
         name: {fmt: loss * geometric_mean(factors[every_number(name), fmt]) for fmt, loss in options.items()}
         for name, options in nearest.items()
     }
+    for name in (family[0].name for family in free if family[0].name not in losses):  # experts that no token reached
+        kin = [options for other, options in losses.items() if every_number(other) == every_number(name)]
+        if not kin:
+            raise ValueError(f"no expert like {name} got a token of the calibration data; give more of it, or no bits")
+        losses[name] = {fmt: min(options[fmt] for options in kin) for fmt in kin[0]}
+    return losses
 
 
 def lost(felt: Feeling, fmt: Format, quantizer: Quantizer | None) -> float:

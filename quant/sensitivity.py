@@ -7,12 +7,12 @@ Let p be the float model's next-token distribution. An error dy of a layer's out
 to second order (F is the Fisher information; no label of the text is needed). With a weight error D = W - Q, dy = D x. For
 rows of D that are independent, and rows of g whose sizes rise and fall together from token to token,
 
-    KL(D) = 1/2 sum_n  E[g_n^2]  D_n A D_n^T,    A = E[|g|^2 x x^T] / E[|g|^2]        nats per token
+    KL(D) = 1/2 sum_n  E[g_n^2]  D_n A D_n^T,    A = E[|g|^2 x x^T] / E[|g|^2]        nats per prediction
 
-A counts a token's input as much as the loss feels the token: the huge inputs of attention sinks, which later layers hardly
-read, would else make down_proj layers seem ten times more sensitive than they are. That still treats tokens as if each spoke
-for itself, but an error is the same matrix at every token: what attention averages over tokens adds up (a v_proj loses five
-times more than so predicted). Each layer's prediction is therefore multiplied by
+(E is a sum over the tokens that the layer sees, divided by the predictions: an encoder sees more tokens than are predicted,
+an expert fewer.) A counts a token's input as much as the loss feels the token. That still treats tokens as if each spoke for
+itself, but an error is the same matrix at every token: what attention averages over tokens adds up (a v_proj of a tiny Llama
+loses five times more than so predicted). Each layer's prediction is therefore multiplied by
 
     coherence = E |sum_t g_t x_t^T|^2  /  E sum_t |g_t|^2 |x_t|^2
 
@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.calibrate import Chain, Sample, catch, first, forwards
+from quant.calibrate import Chain, Sample, catch, first, forwards, mask_for
 from quant.compile import materialize, release
 from quant.plan import COMPUTE, Plan
 
 
 @dataclass
 class Feeling:
-    """One linear. weight float32 [N, K]; means over tokens: gram [K, K] of its inputs, felt [K, K] and fisher [N] of the loss."""
+    """One linear: weight float32 [N, K], gram [K, K] of its inputs (mean over tokens), and the factors felt and fisher."""
 
     weight: Tensor
     gram: Tensor
@@ -45,7 +45,7 @@ class Feeling:
     fisher: Tensor
 
     def divergence(self, error: Tensor) -> float:
-        """KL(error [N, K]) in nats per token; of some of the rows if `fisher` was cut to the same rows."""
+        """KL(error [N, K]) in nats per prediction; of some of the rows if `fisher` was cut to the same rows."""
         rows = ((error @ self.felt) * error).sum(1)
         return 0.5 * float(self.fisher @ rows)
 
@@ -71,8 +71,9 @@ def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: 
         states.append(ahead)
         chains.append(chain)
         finals.append([hidden.requires_grad_() for hidden in final])
+    scored = 0
     for index, sample in enumerate(samples):
-        score(plan, sample, [final[index] for final in finals], plan.recipe.seed + index)
+        scored += score(plan, sample, [final[index] for final in finals], plan.recipe.seed + index)
     release(plan.model, outer)
     done = 0
     for at in reversed(range(len(plan.stacks))):
@@ -81,7 +82,7 @@ def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: 
         for position in reversed(range(len(plan.stacks[at].blocks))):
             name = plan.stacks[at].blocks[position]
             block = loaded(plan, name, device)
-            yield backward(plan, name, block, Chain(states[at].pop(), chains[at].calls), grads, samples)
+            yield backward(plan, name, block, Chain(states[at].pop(), chains[at].calls), grads, samples, scored)
             done += 1
             progress(done, total)
 
@@ -115,8 +116,11 @@ def forward(plan: Plan, at: int, chain: Chain, device: torch.device) -> tuple[li
     return states, hidden
 
 
-def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> None:
-    """Backpropagate -log p of tokens drawn from the model's own distribution into `finals`, the outputs of its stacks."""
+def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> int:
+    """Backpropagate -log p of tokens drawn from the model's own distribution into `finals`, the outputs of its stacks.
+
+    Returns how many were drawn.
+    """
     replacements: dict[nn.Module, Any] = {}
     for stack, final in zip(plan.stacks, finals, strict=True):
         for position, name in enumerate(stack.blocks):
@@ -128,12 +132,16 @@ def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> None:
         scores = torch.log_softmax(logits, -1)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed))
         (-scores.gather(1, drawn.to(scores.device)).sum()).backward()  # type: ignore[no-untyped-call]
+    return len(drawn)
 
 
 def backward(
-    plan: Plan, name: str, block: nn.Module, chain: Chain, grads: list[Tensor], samples: list[Sample]
+    plan: Plan, name: str, block: nn.Module, chain: Chain, grads: list[Tensor], samples: list[Sample], scored: int
 ) -> dict[str, Feeling]:
-    """What the targets of one block feel. grads [B, L, H] of its output, by sample, are replaced by those of its input."""
+    """What the targets of one block feel; experts that no token reached are left out.
+
+    grads [B, L, H] of the block's output, by sample, are replaced by those of its input. scored: predictions in all samples.
+    """
     targets = [target for target in plan.targets if target.startswith(f"{name}.")]
     grams: dict[str, Tensor] = {}
     felts: dict[str, Tensor] = {}
@@ -142,12 +150,12 @@ def backward(
     counts, together, apart = dict.fromkeys(targets, 0), dict.fromkeys(targets, 0.0), dict.fromkeys(targets, 0.0)
     sources: dict[str, str] = {}  # target -> the first that reads the same tensor
 
-    def watch(target: str, masks: dict[int, Tensor]) -> Any:
+    def watch(target: str, sample: Sample) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             x = args[0].detach()
             inputs[target] = args[0]
             sources.setdefault(target, next(t for t, seen in inputs.items() if seen is args[0]))
-            mask = masks.get(x.shape[1]) if x.dim() == 3 else None
+            mask = mask_for(x, sample)
             keep = slice(None) if mask is None else mask.reshape(-1)
             rows = x.reshape(-1, x.shape[-1])[keep].float()
             if sources[target] == target:
@@ -168,9 +176,7 @@ def backward(
 
     for index, sample in enumerate(samples):
         inputs.clear()
-        handles = [
-            block.get_submodule(t.removeprefix(f"{name}.")).register_forward_hook(watch(t, sample.masks)) for t in targets
-        ]
+        handles = [block.get_submodule(t.removeprefix(f"{name}.")).register_forward_hook(watch(t, sample)) for t in targets]
         try:
             with torch.enable_grad():
                 hidden = chain.hidden[index].detach().requires_grad_()
@@ -183,10 +189,10 @@ def backward(
         assert hidden.grad is not None
         grads[index] = hidden.grad
     found = {}
-    for target in targets:
-        weight, count = block.get_submodule(target.removeprefix(f"{name}.")).weight, counts[target]
+    for target in fishers:
+        weight = block.get_submodule(target.removeprefix(f"{name}.")).weight
         assert isinstance(weight, Tensor)
         coherence = together[target] / max(apart[target], 1e-30)
-        gram, felt = grams[sources[target]] / count, felts[target] / fishers[target].sum().clamp_min(1e-30)
-        found[target] = Feeling(weight.detach().float(), gram, felt, coherence * fishers[target] / count)
+        gram, felt = grams[sources[target]] / counts[target], felts[target] / fishers[target].sum().clamp_min(1e-30)
+        found[target] = Feeling(weight.detach().float(), gram, felt, coherence * fishers[target] / scored)
     return found
