@@ -8,6 +8,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,8 @@ def quantize(
             model = str(given)
         sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
         plan = make_plan(str(model), load_recipe(recipe, sets))
+        if plan.note:
+            warnings.warn(plan.note, stacklevel=2)
         target = Path(output) if output is not None else Path(scratch) / "packed"
         require_free(target)
         return load(compile_folder(plan, target, usable_device(device)))

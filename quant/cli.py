@@ -6,7 +6,7 @@ import errno
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,13 @@ def job(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the run has a bar of its own
-    say = (lambda line: None) if quiet else (lambda line: console.print(line))
+    say: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: console.print(line))
     usable_device(device, here=not only_plan)
     if not only_plan:
         require_free(target)
     plan = make_plan(model, recipe, say)
+    if plan.note:
+        say(plan.note)
     if only_plan:
         from quant.show import print_plan
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quant.embedding import Head, find_head
+from quant.embedding import Head, UnpackableHead, find_head
 from quant.experts import routers, stacks_of, still_stacked
 from quant.kernels.activation import Activation
 from quant.kernels.activations.none import Unquantized
@@ -115,7 +115,7 @@ def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
     fmt, note = fitted(head.table, fmt, k, "give another head, or null")
     reason = fmt.refuses(n, k)
     if reason:
-        raise ValueError(f"{head.table} cannot be packed: {reason}; give another head, or null")
+        raise UnpackableHead(f"{head.table} cannot be packed: {reason}; give another head, or null")
     return Target(head.table, n, k, linear.bias is not None, fmt, Unquantized(), note)
 
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 import quant
 from quant import checkpoint
 from quant.api import compile_folder
+from quant.kernels.cpu import library
 from quant.linear import PackedLinear
 from quant.plan import make_plan
 from quant.recipe import available, load_recipe
+from quant.serve import attention, pointwise
 
 RECIPES = tuple(available())
 Packed = Callable[..., Path]
@@ -64,14 +66,19 @@ def turn(x: Tensor, block: int) -> Tensor:
 
 
 def twin(folder: Path, activation: bool, rotate: int = 0) -> Any:
-    """A float model, without any code of this package, that computes what the folder's tensors mean.
+    """A float model that computes what the folder's tensors mean, without any code of this package for its linears.
 
+    Norms, activations and attention are ours: their last bit moves an int8 code now and then, and they have tests of their own.
     rotate: largest block of the rotation of inputs; a layer has the largest power of two that divides its K.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     cls = getattr(transformers, config.architectures[0])
     model = cls._from_config(config, dtype=torch.float32).eval()
+    if library.available():
+        pointwise.install(model)
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
     tensors = stored(folder)
     state = {n: t.float() for n, t in tensors.items() if n in model.state_dict() and t.numel()}
     for name, module in model.named_modules():

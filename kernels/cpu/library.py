@@ -32,6 +32,8 @@ _SIGNATURES = {
     "lowbit_read": (_P, _L),
     "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),
     "lowbit_append": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _I),
+    "lowbit_norm": (_P, _P, _P, _P, _L, _L, ctypes.c_float, _I, _I),
+    "lowbit_activate": (_P, _P, _P, _L, _I, _I),
 }
 
 

@@ -1,6 +1,7 @@
 // The plain C interface, and the choice of instruction set at run time.
 #include "attention.h"
 #include "lowbit.h"
+#include "pointwise_api.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -61,6 +62,16 @@ AttentionTable attention_of(Isa isa) {
     return {portable_attend, portable_append};
 }
 
+PointwiseTable pointwise_of(Isa isa) {
+#if defined(__x86_64__)
+    if (isa >= kAvx512) return {avx512_norm, avx512_activate};
+    if (isa >= kAvx2) return {avx2_norm, avx2_activate};
+#endif
+    (void)isa;
+    return {portable_norm, portable_activate};
+}
+
+PointwiseTable pointwise = {portable_norm, portable_activate};
 AttentionTable attention = {portable_attend, portable_append};
 KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
 
@@ -80,6 +91,7 @@ int lowbit_select(int isa) {
     if (isa < kPortable || isa > kAmx || !has((Isa)isa)) return -1;
     table = table_of((Isa)isa);
     attention = attention_of((Isa)isa);
+    pointwise = pointwise_of((Isa)isa);
     return 0;
 }
 
@@ -172,6 +184,17 @@ void lowbit_append(const void* k, const void* v, void* k_cache, void* v_cache, v
     const int64_t* s = sizes;
     attention.append({k, v, k_cache, v_cache, (float*)k_scale, (float*)v_scale, (const float*)k_channel, {s[5], s[6], s[7]},
                       {s[8], s[9], s[10]}, s[0], s[1], s[2], s[3], s[4], start, (DType)dtype});
+}
+
+// y = norm(x) of each row [K] of x [M, K]; bias may be null. centered: layer norm, else root mean square norm.
+void lowbit_norm(const void* x, const void* weight, const void* bias, void* y, int64_t m, int64_t k, float eps, int centered,
+                 int dtype) {
+    pointwise.norm({x, weight, bias, y, m, k, eps, centered != 0, (DType)dtype});
+}
+
+// y = f(x), or f(x) * by; kind 0: silu, 1: gelu.
+void lowbit_activate(const void* x, const void* by, void* y, int64_t count, int kind, int dtype) {
+    pointwise.activate({x, by, y, count, (ActivationKind)kind, (DType)dtype});
 }
 }
 #pragma GCC visibility pop
