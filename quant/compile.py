@@ -219,7 +219,7 @@ def quantize_members(
             target.note,
             stats.data,
         )
-        mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
+        mine = Codes(codes.codes[rows], fmt.rows(codes.params, rows))
         out.append((target, fmt.pack(mine) | inputs, report))
     return out
 
