@@ -109,7 +109,7 @@ def check_fields(owner: str, wanted: Mapping[str, Field], given: Mapping[str, Te
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {owner} needs {kind} {shape} for a [{n}, {k}] weight"
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{name} holds a NaN or an infinity; the checkpoint is damaged, quantize again")
 
 

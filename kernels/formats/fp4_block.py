@@ -25,6 +25,7 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST = 6.0
 LARGEST_SCALE = 448.0  # of E4M3
 SMALLEST_SCALE = 2.0**-6  # E4M3's smallest normal: below it readers such as Marlin lose bits
+HEADROOM = 256.0  # 1.5 times it still fits E4M3, which four-over-six needs
 BIAS = 127  # of E8M0
 HALF_STEPS = 1.5 * 2**22  # added to a number of the first binade it leaves one mantissa bit, rounded half to even
 # 2 |q| -> code of the magnitude |q|
@@ -64,6 +65,15 @@ def even_exponent(absmax: Tensor) -> Tensor:
 def divisor_of(absmax: Tensor) -> Tensor:
     """D [1] that takes a weight of that absmax to the end of both ranges: 448 * 6 / absmax; 1 where that is not finite."""
     divisor = LARGEST_SCALE * LARGEST / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(divisor.isfinite(), divisor, 1.0).view(1)
+
+
+def power_divisor(absmax: Tensor) -> Tensor:
+    """The largest power of two D [1] with D * absmax / 6 at most 256: exact to divide by, and 1.75 to 3.5 times from E4M3's end.
+
+    1 where that is not finite.
+    """
+    divisor = 2.0 ** torch.floor(torch.log2(HEADROOM * LARGEST / absmax.clamp_min(torch.finfo(torch.float32).tiny)))
     return torch.where(divisor.isfinite(), divisor, 1.0).view(1)
 
 
@@ -135,7 +145,7 @@ class Fp4Block(Format):
             if int(scale.max()) > 254:
                 raise ValueError("weight_scale holds 255, the NaN of E8M0; mxfp4 allows 0 to 254, quantize again")
             return
-        if (low := float(scale.float().min())) < 0:
-            raise ValueError(f"weight_scale holds {low:g}; nvfp4 allows no negative scale, quantize again")
+        if int(scale.view(torch.uint8).max()) > 0x7E:  # the sign bit, which a decoder may take for an exponent's
+            raise ValueError("weight_scale holds a negative number; nvfp4 allows 0 to 448, quantize again")
         if (divisor := float(fields["weight_global_scale"])) <= 0:
             raise ValueError(f"weight_global_scale is {divisor:g}; it divides the weights, so it must be positive")

@@ -17,6 +17,7 @@ from quant.kernels.formats.fp4_block import (
     e8m0_value,
     encode_e2m1,
     even_exponent,
+    power_divisor,
     round_e2m1,
 )
 
@@ -131,6 +132,14 @@ def test_scales_stay_where_every_reader_is_exact() -> None:
     assert scale.max() == 448
 
 
+def test_the_power_of_two_divisor_leaves_room_for_four_over_six() -> None:
+    for absmax in (1e-3, 0.7, 6.0, 6.0001, 11.9, 1e4):
+        divisor = float(power_divisor(torch.tensor(absmax)))
+        assert math.frexp(divisor)[0] == 0.5
+        assert 128 < divisor * absmax / 6 <= 256
+    assert power_divisor(torch.tensor(0.0)).tolist() == [1.0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_k_that_the_block_does_not_divide_is_refused_and_never_refitted(kind: str) -> None:
     fmt = Fp4Block(kind=kind)
@@ -142,7 +151,7 @@ def test_what_no_writer_emits_is_refused() -> None:
     w = normal(4, 64)
     for kind, field, value, message in (
         ("mxfp4", "weight_scale", 255, "weight_scale holds 255, the NaN of E8M0"),
-        ("nvfp4", "weight_scale", -1.0, "weight_scale holds -1; nvfp4 allows no negative scale"),
+        ("nvfp4", "weight_scale", -1.0, "weight_scale holds a negative number"),
         ("nvfp4", "weight_global_scale", 0.0, "weight_global_scale is 0; it divides"),
         ("nvfp4", "weight_scale", float("nan"), "weight_scale holds a NaN"),
     ):

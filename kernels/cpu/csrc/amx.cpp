@@ -5,6 +5,7 @@
 // panel is 32 tokens; 2 x 2 tiles of sums stay in registers over a slice. Few tokens take the AVX-512 way.
 #include "amxtile.h"
 #include "avx512integer.h"
+#include "avx512fp4.h"
 #include "avx512unpack.h"
 
 namespace {
@@ -149,4 +150,8 @@ void amx_w8a8(const Problem& p) { run<IntegerTiles<W8A8>>(p); }
 void amx_weight_only(const Problem& p) {
     if (p.dtype != kBF16) return avx512_weight_only(p);
     LOWBIT_BY_BITS(p, Kernel)
+}
+void amx_fp4(const Problem& p) {
+    if (p.dtype != kBF16) return avx512_fp4(p);
+    run<Fp4<TileEngine>>(p);
 }
