@@ -55,7 +55,7 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool = True, da
 
     Raises ValueError when the Gram matrix cannot be factored.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(k, device=gram.device)
     factor = inverse_factor(gram[order][:, order], damp)
     # Channels are rows here: each visit reads and writes contiguous memory.
@@ -90,7 +90,8 @@ def _descend_rows(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, sweep
     diagonal, order = gram.diagonal(), torch.arange(k, device=gram.device)
     inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)
     s, nearest = grid.steps(order), grid.nearest(order)  # [K, N], channels as rows
-    reach = inverse.unsqueeze(1) / s  # from H d to the best move of one channel, in its steps
+    # from H d to the best move of one channel, in its steps; finite, as H d may be 0
+    reach = (inverse.unsqueeze(1) / s).clamp_max_(torch.finfo(s.dtype).max)
     level = grid.levels(codes).T.contiguous()
     w = weight.T.contiguous()
     for _ in range(sweeps):

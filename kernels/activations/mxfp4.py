@@ -28,6 +28,6 @@ class MxFp4(Activation):
         return super().refuses(k)
 
     def quantize(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
-        blocks = x.float().unflatten(-1, (-1, BLOCK))
+        blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
         step = e8m0_value((even_exponent(blocks.abs().amax(-1, keepdim=True)) + BIAS).to(torch.uint8))
         return (round_e2m1(blocks / step) * step).view(x.shape)

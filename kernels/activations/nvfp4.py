@@ -48,7 +48,7 @@ class NvFp4(Activation):
 
     def multiples(self, x: Tensor, divisor: Tensor) -> Tensor:
         """D times the quantized tokens, float32 [..., K]: e2m1 * S, six significant bits, exact in bfloat16."""
-        blocks = x.float().unflatten(-1, (-1, BLOCK)) * divisor
+        blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK) * divisor
         top = blocks.abs().amax(-1, keepdim=True) / LARGEST
         seen = self.under(blocks, top)
         if self.four_six:

@@ -69,7 +69,7 @@ def divisor_of(absmax: Tensor) -> Tensor:
 
 
 def power_divisor(absmax: Tensor) -> Tensor:
-    """The largest power of two D [1] with D * absmax / 6 at most 256: exact to divide by, and 1.75 to 3.5 times from E4M3's end.
+    """The largest power of two D [1] with D * absmax / 6 at most 256: exact to divide by, 1.75 to 3.5 times from E4M3's end.
 
     1 where that is not finite.
     """

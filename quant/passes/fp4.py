@@ -7,9 +7,9 @@ A scale is only ever tried as it will be stored, and judged by d^T H_gg d (`sear
     four_six   nvfp4: absmax at 6 or at 4, whichever loses less (Four Over Six, arXiv 2512.02010)
     shrink     nvfp4: absmax scaled by 1.00, 0.99 .. 0.81 (the MSE observer of llm-compressor, with this loss)
     sweep      every stored scale around the one of `nearest`: 0.5 to 2 times for nvfp4, 1/4 to 2 times for mxfp4
-The divisor of nvfp4 is a power of two that puts the largest block scale into (128, 256]: exact to divide by, with room above for
-`four_six` and `sweep`, and rows come out the same whatever other rows share it. Scales are frozen before codes are rounded, so
-act-order costs nothing on disk (GPTQ on FP4 grids: MR-GPTQ, arXiv 2509.23202).
+The divisor of nvfp4 is a power of two that puts the largest block scale into (128, 256]: exact to divide by, with room above
+for `four_six` and `sweep`, and rows come out the same whatever other rows share it. Scales are frozen before codes are
+rounded, so act-order costs nothing on disk (GPTQ on FP4 grids: MR-GPTQ, arXiv 2509.23202).
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def nv_candidates(absmax: Tensor, divisor: Tensor, how: Search) -> Iterator[Tens
     stored = [(base * factor).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn) for factor in factors]
     yield from stored
     if how == "sweep":
-        low, high = (int(torch.tensor(end).to(torch.float8_e4m3fn).view(torch.uint8)) for end in (SMALLEST_SCALE, LARGEST_SCALE))
+        low, high = (
+            int(torch.tensor(end).to(torch.float8_e4m3fn).view(torch.uint8)) for end in (SMALLEST_SCALE, LARGEST_SCALE)
+        )
         code = stored[0].view(torch.uint8).int()
         for move in (m for distance in range(1, 9) for m in (distance, -distance)):  # eight codes are a factor of two
             yield (code + move).clamp(low, high).to(torch.uint8).view(torch.float8_e4m3fn)

@@ -78,7 +78,15 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
 
 def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     """Each torch operator with arguments for it."""
-    (_, (codes, scales, rows), _), (_, (codes8, rows8), _), _, (_, (codes_fp4, scale_fp4, rows_fp4, _), _), *_, (_, (codes4, scale, zero), _), _ = problems()
+    (
+        (_, (codes, scales, rows), _),
+        (_, (codes8, rows8), _),
+        _,
+        (_, (codes_fp4, scale_fp4, rows_fp4, _), _),
+        *_,
+        (_, (codes4, scale, zero), _),
+        _,
+    ) = problems()
     x, bias = torch.randn(5, K), torch.randn(N)
     return [
         (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G)),
