@@ -73,8 +73,11 @@ class Format(ABC):
         """Round-to-nearest codes of a float32 [N, K] weight: the baseline every method has to beat."""
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
-        """What the fields or parameters of a weight are for some of its rows: a slice, or int64 indices [M]."""
-        return {name: t if name in self.whole else t[rows] for name, t in tensors.items()}
+        """What the fields or parameters of a weight are for some of its rows: a slice, or int64 indices [M].
+
+        A field of the whole weight is copied, so that parts of a weight can be saved side by side.
+        """
+        return {name: t.clone() if name in self.whole else t[rows] for name, t in tensors.items()}
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         """Raise ValueError, naming the first stored tensor whose presence, shape, dtype or range is wrong."""

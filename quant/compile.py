@@ -220,7 +220,7 @@ def quantize_members(
             stats.data,
         )
         mine = Codes(codes.codes[rows], fmt.rows(codes.params, rows))
-        out.append((target, fmt.pack(mine) | inputs, report))
+        out.append((target, fmt.pack(mine) | {name: t.clone() for name, t in inputs.items()}, report))
     return out
 
 
