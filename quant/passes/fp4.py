@@ -10,6 +10,11 @@ A scale is only ever tried as it will be stored, and judged by d^T H_gg d (`sear
 The divisor of nvfp4 is a power of two that puts the largest block scale into (128, 256]: exact to divide by, with room above
 for `four_six` and `sweep`, and rows come out the same whatever other rows share it. Scales are frozen before codes are
 rounded, so act-order costs nothing on disk (GPTQ on FP4 grids: MR-GPTQ, arXiv 2509.23202).
+
+Output error over plain rounding's, mean of eight layers of SmolLM2-135M on text that was not calibrated on, before and after
+GPTQ: nvfp4 nearest 1.00 and 0.63, four_six 0.85 and 0.58, sweep 0.69 and 0.55; mxfp4 nearest 1.00 and 0.565, rceil 1.05 and
+0.590, sweep 0.955 and 0.571. So a finer choice of scale pays with E4M3 and not with powers of two. Choosing scales and codes
+together block by block afterwards gains another 1 %, refitting the scales in closed form nothing: E4M3 is too coarse for it.
 """
 
 from __future__ import annotations
