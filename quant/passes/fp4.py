@@ -47,10 +47,9 @@ KIND_OF = {"floor": "mxfp4", "rceil": "mxfp4", "four_six": "nvfp4", "shrink": "n
 
 
 class Pass(GridRounder):
-    """search: how a block's scale is chosen. round: nearest or gptq."""
+    """search: how a block's scale is chosen."""
 
     search: Search = "sweep"
-    round: Literal["nearest", "gptq"] = "gptq"
 
     def refuses(self, fmt: Format) -> str | None:
         if not isinstance(fmt, Fp4Block):
