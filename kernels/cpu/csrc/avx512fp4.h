@@ -1,8 +1,9 @@
 // FP4 blocks (E2M1 codes, one byte of scale per 16 or 32 k) for AVX-512, shared by the float, BF16 and AMX units.
 //
-// Few tokens: codes are looked up in registers as float32 and the scale multiplies a block's float32 sum. Many tokens: a
-// weight times its scale has at most six significant bits, which bfloat16 holds exactly, so a slice is unpacked with the
-// scales in it and no block is seen again: an Engine of avx512weights.h multiplies one group as long as K.
+// Few tokens: codes are looked up in registers as float32 and the scale multiplies a block's float32 sum (bfloat16 tokens on
+// processors that multiply them go through avx512fp4pairs.h). Many tokens: a weight times its scale has at most six
+// significant bits, which bfloat16 holds exactly, so a slice is unpacked with the scales in it and no block is seen again: an
+// Engine of avx512weights.h multiplies one group as long as K.
 #pragma once
 #include "avx512weights.h"
 #include "fp4.h"
