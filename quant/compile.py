@@ -222,8 +222,8 @@ def quantize_members(
             target.note,
             stats.data,
         )
-        mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
-        out.append((target, fmt.pack(mine) | inputs, report))
+        mine = Codes(codes.codes[rows], fmt.rows(codes.params, rows))
+        out.append((target, fmt.pack(mine) | {name: t.clone() for name, t in inputs.items()}, report))
     return out
 
 

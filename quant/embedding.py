@@ -182,6 +182,6 @@ def fill_table(weight: Tensor, fields: Fields, fmt: Format) -> None:
     """Overwrite a table [N, K] of any float dtype and device by what its stored tensors stand for."""
     n, k = weight.shape
     for at in range(0, n, CHUNK_ROWS):
-        rows = {name: field[at : at + CHUNK_ROWS] for name, field in fields.items()}
+        rows = fmt.rows(fields, slice(at, at + CHUNK_ROWS))
         count = min(CHUNK_ROWS, n - at)
         weight[at : at + count] = fmt.dequantize(fmt.unpack(rows, count, k)).to(weight.device, weight.dtype)

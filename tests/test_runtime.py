@@ -86,6 +86,16 @@ def test_texts_are_counted(both: tuple[Any, Any], both_wide: tuple[Any, Any]) ->
     assert found.equal + len(found.first_differences) == 1
 
 
+def test_fp4_weights_and_tokens(packed: Callable[..., Path]) -> None:
+    """Rounding of the tokens is traced, the product is one direct call."""
+    ids = prompt(7)
+    eager, fast = (quant.load(packed("nvfp4-w4a4"), compile=how) for how in (False, True))
+    with torch.no_grad():
+        given, wanted = fast.runtime.prefill(ids).float(), eager(ids).logits[:, -1].float()
+    assert (given - wanted).norm() < 0.05 * wanted.norm()  # a token's value between two codes may go either way
+    assert fast.generate(ids, **GREEDY).shape == eager.generate(ids, **GREEDY).shape
+
+
 def test_sampling_draws_what_eager_draws(both: tuple[Any, Any]) -> None:
     texts = []
     for model in both:

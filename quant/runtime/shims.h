@@ -18,6 +18,8 @@ void lowbit_w8a8_multi(const void* x, int dtype, int64_t m, int64_t k, const Low
                  const void* row_scale);
 void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, int bits,
                         const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group);
+void lowbit_fp4_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, const void* codes,
+                      const void* scale, int group, const void* row_scale);
 void lowbit_rotate(const void* x, int dtype, void* y, int64_t m, int64_t k, int64_t size, float scale);
 void lowbit_attention(const void* q, const void* k, const void* v, void* y, const void* k_scale, const void* v_scale,
                       const void* k_channel, const void* first, const int64_t* sizes, int64_t start, float scale, int dtype);
@@ -108,6 +110,17 @@ AOTITorchError aoti_torch_cpu_cpu_weight_only_multi(AtenTensorHandle x, AtenTens
     return 0;
 }
 
+template <class Biases, class... Out>
+AOTITorchError aoti_torch_cpu_cpu_fp4_multi(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scale,
+                                            AtenTensorHandle* row_scale, const Biases& biases, int64_t, const int64_t* ns, int64_t,
+                                            int64_t group, Out... out) {
+    const LowbitOutputs<Biases> p(x, biases, ns, {out...});
+    if (p.error) return p.error;
+    lowbit_fp4_multi(lowbit_data(x), p.dtype, p.m, p.k, p.outputs, sizeof...(out), lowbit_data(codes), lowbit_data(scale),
+                     (int)group, lowbit_data(row_scale));
+    return 0;
+}
+
 AOTITorchError aoti_torch_cpu_cpu_a8w4(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales,
                                        AtenTensorHandle row_scale, AtenTensorHandle* bias, int64_t group,
                                        AtenTensorHandle* out) {
@@ -125,6 +138,12 @@ AOTITorchError aoti_torch_cpu_cpu_weight_only(AtenTensorHandle x, AtenTensorHand
                                               AtenTensorHandle* zero, AtenTensorHandle* bias, int64_t n, int64_t k,
                                               int64_t bits, int64_t group, AtenTensorHandle* out) {
     return aoti_torch_cpu_cpu_weight_only_multi(x, codes, scale, zero, &bias, 1, &n, 1, k, bits, group, out);
+}
+
+AOTITorchError aoti_torch_cpu_cpu_fp4(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scale,
+                                      AtenTensorHandle* row_scale, AtenTensorHandle* bias, int64_t n, int64_t group,
+                                      AtenTensorHandle* out) {
+    return aoti_torch_cpu_cpu_fp4_multi(x, codes, scale, row_scale, &bias, 1, &n, 1, group, out);
 }
 
 AOTITorchError aoti_torch_cpu_rotate(AtenTensorHandle x, int64_t size, AtenTensorHandle* out) {

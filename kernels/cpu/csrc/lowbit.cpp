@@ -42,14 +42,16 @@ bool has(Isa isa) {
 
 KernelTable table_of(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, avx512_rotate};
-    if (isa == kAvx512)  // Cascade Lake and Ice Lake have VNNI without BF16
-        return {avx512_a8w4, avx512_w8a8, __builtin_cpu_supports("avx512bf16") ? avx512bf16_weight_only : avx512_weight_only,
-                avx512_rotate};
-    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_rotate};
+    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, avx512_rotate};
+    if (isa == kAvx512) {  // Cascade Lake and Ice Lake have VNNI without BF16
+        const bool bf16 = __builtin_cpu_supports("avx512bf16");
+        return {avx512_a8w4, avx512_w8a8, bf16 ? avx512bf16_weight_only : avx512_weight_only,
+                bf16 ? avx512bf16_fp4 : avx512_fp4, avx512_rotate};
+    }
+    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_rotate};
 #endif
     (void)isa;
-    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
+    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate};
 }
 
 AttentionTable attention_of(Isa isa) {
@@ -73,7 +75,7 @@ PointwiseTable pointwise_of(Isa isa) {
 
 PointwiseTable pointwise = {portable_norm, portable_activate};
 AttentionTable attention = {portable_attend, portable_append};
-KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
+KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate};
 
 int64_t blocks_of(const Output* outputs, int count) {
     int64_t blocks = 0;
@@ -148,6 +150,13 @@ void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, co
 // y [M, K] = x [M, K] with every block of `size` channels multiplied by H / sqrt(size).
 void lowbit_rotate(const void* x, int dtype, void* y, int64_t m, int64_t k, int64_t size, float scale) {
     table.rotate({x, y, m, k, size, scale, (DType)dtype});
+}
+
+// group: 32 with E8M0 scales (mxfp4), 16 with E4M3 (nvfp4); row_scale null for ones.
+void lowbit_fp4_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
+                      const void* scale, int group, const void* row_scale) {
+    table.fp4({x, (const uint8_t*)codes, scale, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count),
+               group, (DType)dtype, false, 4, group == 32});
 }
 
 // The same for one layer: y [M, N], bias [N] of bias_dtype or null.
