@@ -79,7 +79,7 @@ class Fp4(layout.BlockKernel):
         return spec.format.refuses(spec.n, spec.k) or library.refuses(spec)
 
     def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
-        codes = layout.block_codes(layout.unpack_nibbles(fields["weight_packed"]), BITS)
+        codes = layout.block_codes(fields["weight_packed"], BITS, spec.k)
         scale = layout.block_groups(fields["weight_scale"].view(torch.uint8))
         divisors = [fields[name] for name in ("weight_global_scale", "input_global_scale") if name in fields]
         if not divisors:
