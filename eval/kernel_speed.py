@@ -37,6 +37,7 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes, Format
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
@@ -56,7 +57,9 @@ def group_of(k: int) -> int:
 
 
 def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
-    """A valid random [n, k] weight in `fmt` (int4_dual or int_group)."""
+    """A valid random [n, k] weight in `fmt` (int4_dual, int_group or fp4_block)."""
+    if isinstance(fmt, Fp4Block):
+        return fmt.pack(fmt.nearest(torch.randn(n, k)))
     if isinstance(fmt, Int4Dual):
         groups = k // fmt.group
         scale = torch.full((n, groups), 8, dtype=torch.uint8)
@@ -89,6 +92,7 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         (Int4Dual(group=group), Int8Token()),
         (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
         *((IntGroup(bits=bits, group=group, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
+        *((Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")),
     ]
     out = {}
     for fmt, activation in problems:
@@ -110,6 +114,8 @@ def label(fmt: Format, activation: Activation) -> str:
     """A8W4, W8A8, W3A16 ... as kernels are called in papers."""
     if isinstance(fmt, Int4Dual):
         return "A8W4"
+    if isinstance(fmt, Fp4Block):
+        return f"{fmt.kind}A16"
     assert isinstance(fmt, IntGroup)
     return f"W{fmt.bits}A{16 if activation.name == 'none' else 8}"
 

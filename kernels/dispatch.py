@@ -58,7 +58,7 @@ class Kernel(ABC):
 
     def rows(self, prepared: Prepared, rows: Tensor, spec: MatmulSpec) -> Codes:
         """Codes of rows int64 [M] of the weight, in this order: how an embedding is read. Every format stores row by row."""
-        picked = {name: field[rows] for name, field in self.restore(prepared, spec).items()}
+        picked = spec.format.rows(self.restore(prepared, spec), rows)
         return spec.format.unpack(picked, rows.shape[0], spec.k)
 
     @abstractmethod

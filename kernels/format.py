@@ -46,6 +46,7 @@ class Format(ABC):
     """One byte layout with its parameters; subclasses add fields such as bits and group."""
 
     name: ClassVar[str]
+    whole: ClassVar[frozenset[str]] = frozenset()  # fields that belong to a weight as a whole; all others have a row per row
 
     @abstractmethod
     def refuses(self, n: int, k: int) -> str | None:
@@ -70,6 +71,13 @@ class Format(ABC):
     @abstractmethod
     def nearest(self, weight: Tensor) -> Codes:
         """Round-to-nearest codes of a float32 [N, K] weight: the baseline every method has to beat."""
+
+    def rows(self, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
+        """What the fields or parameters of a weight are for some of its rows: a slice, or int64 indices [M].
+
+        A field of the whole weight is copied, so that parts of a weight can be saved side by side.
+        """
+        return {name: t.clone() if name in self.whole else t[rows] for name, t in tensors.items()}
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         """Raise ValueError, naming the first stored tensor whose presence, shape, dtype or range is wrong."""
@@ -104,7 +112,7 @@ def check_fields(owner: str, wanted: Mapping[str, Field], given: Mapping[str, Te
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {owner} needs {kind} {shape} for a [{n}, {k}] weight"
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{name} holds a NaN or an infinity; the checkpoint is damaged, quantize again")
 
 

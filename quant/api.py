@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,8 @@ def quantize(
         require_free(target)
         where = usable_device(device)
         plan = make_plan(str(model), find_recipe(str(model), recipe, bits, sets, where), device=where)
+        if plan.note:
+            warnings.warn(plan.note, stacklevel=2)
         return load(compile_folder(plan, target, where))
 
 

@@ -6,7 +6,7 @@ import errno
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,15 @@ def job(
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # the run has a bar of its own
     target = output or Path(safe_name("-".join(words)))
-    say = (lambda line: None) if quiet else (lambda line: console.print(line))
+    say: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: console.print(line))
     measures = recipe_name == "auto" or bits is not None
     where = usable_device(device, here=measures or not only_plan)
     if not only_plan:
         require_free(target)
     recipe = find_recipe(model, recipe_name, bits, sets, where, say)
     plan = make_plan(model, recipe, say, where)
+    if plan.note:
+        say(plan.note)
     if only_plan:
         from quant.show import print_plan
 

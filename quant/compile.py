@@ -25,6 +25,7 @@ from quant.linear import PackedLinear
 from quant.models import Weights, require_finite
 from quant.passes.base import BasePass, Corrector, Quantizer, Transform
 from quant.plan import COMPUTE, Plan
+from quant.resources import return_freed_memory
 from quant.search import output_error
 from quant.stats import InputStats
 from quant.targets import Target
@@ -125,6 +126,8 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
                 hidden = {kind: chain.hidden for kind, chain in chains.items()}
                 work.commit(asdict(report), fields, hidden, name == stack.blocks[-1])
                 listen(len(reports), total, report)
+                del fields
+                return_freed_memory()
         first_block = last_block
     return reports
 
@@ -219,8 +222,8 @@ def quantize_members(
             target.note,
             stats.data,
         )
-        mine = Codes(codes.codes[rows], {key: value[rows] for key, value in codes.params.items()})
-        out.append((target, fmt.pack(mine) | inputs, report))
+        mine = Codes(codes.codes[rows], fmt.rows(codes.params, rows))
+        out.append((target, fmt.pack(mine) | {name: t.clone() for name, t in inputs.items()}, report))
     return out
 
 
@@ -257,6 +260,7 @@ def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None
             f"{target.name} has weights up to {float(old.weight.abs().max()):.3g}, which {target.format.name} cannot hold; "
             f"leave it in float with the rule {{match: {target.name}, skip: true}}"
         ) from error
+    layer.adopt(layer.bound()[1])  # it runs once: not worth a copy in huge pages, whose chunks would outlive the block
     setattr(owner, leaf, layer)
 
 

@@ -70,6 +70,10 @@ class TiedHead(nn.Module):
         return f"{self.in_features}, {self.out_features}, tied"
 
 
+class UnpackableHead(ValueError):
+    """The output head of this model cannot be packed; the text says why, and that `head: null` leaves it in float."""
+
+
 @dataclass(frozen=True)
 class Head:
     """linear: the output head's module. table: the module whose weight it multiplies by, the embedding where tied."""
@@ -84,12 +88,12 @@ class Head:
 
 
 def find_head(model: Any) -> Head:
-    """Where the model's output head is. Raises ValueError for a head that cannot be packed."""
+    """Where the model's output head is. Raises UnpackableHead."""
     kind, advice = type(model).__name__, "leave it in float with head: null"
     names = {module: name for name, module in model.named_modules()}
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or linear not in names:
-        raise ValueError(f"{kind} has no linear output head to pack; {advice}")
+        raise UnpackableHead(f"{kind} has no linear output head to pack; {advice}")
     head = names[linear]
     ties = model.all_tied_weights_keys
     source = ties.get(f"{head}.weight")
@@ -97,10 +101,10 @@ def find_head(model: Any) -> Head:
         return Head(head, head)
     others = [target for target, shared in ties.items() if shared == source and target != f"{head}.weight"]
     if others:
-        raise ValueError(f"{kind} ties {head} and {others[0].removesuffix('.weight')} to one table; {advice}")
+        raise UnpackableHead(f"{kind} ties {head} and {others[0].removesuffix('.weight')} to one table; {advice}")
     table = input_table(model)
     if source != f"{table}.weight" or linear.bias is not None:
-        raise ValueError(f"{head} of {kind} shares {source}, which is not a plain embedding with a plain head; {advice}")
+        raise UnpackableHead(f"{head} of {kind} shares {source}, which is not a plain embedding with a plain head; {advice}")
     return Head(head, source.removesuffix(".weight"))
 
 
@@ -178,6 +182,6 @@ def fill_table(weight: Tensor, fields: Fields, fmt: Format) -> None:
     """Overwrite a table [N, K] of any float dtype and device by what its stored tensors stand for."""
     n, k = weight.shape
     for at in range(0, n, CHUNK_ROWS):
-        rows = {name: field[at : at + CHUNK_ROWS] for name, field in fields.items()}
+        rows = fmt.rows(fields, slice(at, at + CHUNK_ROWS))
         count = min(CHUNK_ROWS, n - at)
         weight[at : at + count] = fmt.dequantize(fmt.unpack(rows, count, k)).to(weight.device, weight.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme_of, sentinel
-from quant.embedding import Head, packable
+from quant.embedding import Head, UnpackableHead, packable
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.models import Entry, Weights, index, resolve
 from quant.naming import experts_apart, match_names
@@ -28,7 +28,8 @@ COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
 class Plan:
     """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk.
 
-    tensors: the source's, experts that it stores together shown apart.
+    tensors: the source's, experts that it stores together shown apart. note: in one line, what of the recipe this model does
+    not take.
     """
 
     given: str
@@ -39,6 +40,7 @@ class Plan:
     selection: Selection
     disk: dict[str, str]
     tensors: dict[str, Entry] = field(repr=False)
+    note: str = ""
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -134,11 +136,19 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
     source = resolve(given, say)
     model = empty_model(source)
     stacks = find_stacks(model)
-    selection = select(model, stacks, recipe)
     tensors = experts_apart(model, index(source))
     disk = disk_names(model, tensors)
-    if selection.head is not None:
-        require_one_table(selection.head, disk, tensors)
+    note = ""
+    try:
+        selection = select(model, stacks, recipe)
+        if selection.head is not None:
+            require_one_table(selection.head, disk, tensors)
+    except UnpackableHead as error:
+        if not recipe.head_optional:
+            raise
+        note = f"the head stays in float: {error}"
+        recipe = recipe.model_copy(update={"head": None})
+        selection = select(model, stacks, recipe)
     for name in selection.targets:
         if f"{name}.weight" not in disk:
             raise ValueError(
@@ -149,7 +159,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
     recipe, selection = refined(recipe, selection, Weights(source, tensors), disk)
-    plan = Plan(str(given), source, recipe, model, stacks, selection, disk, tensors)
+    plan = Plan(str(given), source, recipe, model, stacks, selection, disk, tensors, note)
     if recipe.bits is None:
         return plan
     from quant.budget import within  # it measures on a plan
@@ -158,9 +168,9 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
 
 
 def require_one_table(head: Head, disk: Mapping[str, str], tensors: Mapping[str, Entry]) -> None:
-    """Raise ValueError unless the head's table is stored once, under the name that the model class gives it."""
+    """Raise UnpackableHead unless the head's table is stored once, under the name that the model class gives it."""
     wanted = f"{head.table}.weight"
     stored = match_names({wanted, f"{head.linear}.weight"}, tensors, least=2)
     if wanted not in disk or len(stored) > 1:
         where = ", ".join(sorted(stored.values())) or "no name that can be matched"
-        raise ValueError(f"the head's table {wanted} is stored under {where}; leave the head in float with head: null")
+        raise UnpackableHead(f"the head's table {wanted} is stored under {where}; leave the head in float with head: null")

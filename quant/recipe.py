@@ -50,7 +50,8 @@ class Recipe(Frozen):
 
     bits: the most stored bits per weight; layers without a rule then get formats by their sensitivity (quant/budget.py).
     head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
-    number of bits stands for int_group in groups of 64, symmetric with 8 bits.
+    number of bits stands for int_group in groups of 64, symmetric with 8 bits. head_optional: a model whose head cannot be
+    packed keeps it in float, and the plan says so; an override of `head` makes it an error.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Recipe(Frozen):
     rules: tuple[Rule, ...] = ()
     bits: float | None = Field(default=None, gt=0, le=16)
     head: dict[str, Any] | None = None
+    head_optional: bool = False
     calibration: Calibration = Calibration()
     seed: int = 0
 
@@ -187,6 +189,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ValueError(f"--set {override!r} does not name one option of pass {top}; write {top}.option=value")
         passes[top][top] = (passes[top][top] or {}) | {leaf: value}
         return
+    if top == "head":
+        values["head_optional"] = False  # who asks for a head gets it or an error
     if top not in Recipe.model_fields:
         raise ValueError(f"recipe {values.get('name')} has no key {top!r}; {nearest(top, [*Recipe.model_fields, *passes])}")
     scope: Any = values

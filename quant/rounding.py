@@ -1,7 +1,7 @@
 """Rounding on a given grid: GPTQ chooses codes one input channel at a time, coordinate descent then improves them.
 
-GPTQ (Frantar et al., 2023, algorithm 1) with static groups: steps and zero points are fixed before, so any affine grid
-can be used and the channels can be visited in order of falling Gram diagonal ("act-order") at no cost on disk.
+GPTQ (Frantar et al., 2023, algorithm 1) with static groups: the grid (`grid.py`) is fixed before, so it may be any, and the
+channels can be visited in order of falling Gram diagonal ("act-order") at no cost on disk.
 
 GPTQ never looks back: a channel is fixed before the ones after it are known. Cyclic coordinate descent (QuantEase, Behdin
 et al., 2023) visits each channel again with all others fixed and moves it to the best point of its grid, so the error can
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from quant.grid import Affine, Grid
 
 BLOCK = 128
 DESCENT_BLOCK = 64
@@ -39,61 +41,69 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
 def gptq_codes(
     weight: Tensor, gram: Tensor, step: Tensor, zero: Tensor, levels: int, *, act_order: bool = True, damp: float = 0.01
 ) -> Tensor:
-    """uint8 codes [N, K] whose output error is small: weight float32 [N, K], gram [K, K], step and zero [N, K // G].
+    """`gptq` on a grid of equally spaced levels: step and zero [N, K // G]."""
+    return gptq(weight, gram, Affine(step, zero, levels), act_order=act_order, damp=damp)
+
+
+def descend(weight: Tensor, gram: Tensor, codes: Tensor, step: Tensor, zero: Tensor, levels: int, sweeps: int) -> Tensor:
+    """`coordinate_descent` on a grid of equally spaced levels; arguments as in `gptq_codes`."""
+    return coordinate_descent(weight, gram, codes, Affine(step, zero, levels), sweeps)
+
+
+def gptq(weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool = True, damp: float = 0.01) -> Tensor:
+    """uint8 codes [N, K] whose output error is small: weight float32 [N, K], gram [K, K].
 
     Raises ValueError when the Gram matrix cannot be factored.
     """
-    n, k = weight.shape
-    group = k // step.shape[1]
+    k = weight.shape[1]
     order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(k, device=gram.device)
     factor = inverse_factor(gram[order][:, order], damp)
     # Channels are rows here: each visit reads and writes contiguous memory.
     w = weight.T[order].contiguous()  # [K, N]
-    s = step.T[order // group].contiguous()
-    z = zero.T[order // group].contiguous()
-    codes = torch.empty_like(w)
+    s, nearest = grid.steps(order), grid.nearest(order)
+    levels = torch.empty_like(w)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
-            code = (w[j] / s[j]).round_().add_(z[j]).clamp_(0, levels - 1)
-            codes[j] = code
-            error = (w[j] - (code - z[j]) * s[j]) / factor[j, j]
+            level = nearest(w[j] / s[j], j)
+            levels[j] = level
+            error = (w[j] - level * s[j]) / factor[j, j]
             errors[j - start] = error
             w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    out = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
-    out[order] = codes.to(torch.uint8)
-    return out.T.contiguous()
+    w[order] = levels
+    return grid.codes(w.T).contiguous()
 
 
-def descend(weight: Tensor, gram: Tensor, codes: Tensor, step: Tensor, zero: Tensor, levels: int, sweeps: int) -> Tensor:
-    """uint8 codes [N, K] with d^T H d, d = w - q, no larger than that of `codes` in any row; arguments as in `gptq_codes`."""
+def coordinate_descent(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, sweeps: int) -> Tensor:
+    """uint8 codes [N, K] with d^T H d, d = w - q, no larger than that of `codes` in any row; arguments as in `gptq`."""
     if not sweeps:
         return codes
-    rows = max(1, DESCENT_CHUNK // len(gram))
-    parts = zip(*(torch.split(t, rows) for t in (weight, codes, step, zero)), strict=True)
-    return torch.cat([_descend_rows(w, gram, c, s, z, levels, sweeps) for w, c, s, z in parts])
+    n, rows = len(weight), max(1, DESCENT_CHUNK // len(gram))
+    parts = (slice(at, min(at + rows, n)) for at in range(0, n, rows))
+    return torch.cat([_descend_rows(weight[part], gram, codes[part], grid.rows(part), sweeps) for part in parts])
 
 
-def _descend_rows(weight: Tensor, gram: Tensor, codes: Tensor, step: Tensor, zero: Tensor, levels: int, sweeps: int) -> Tensor:
+def _descend_rows(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, sweeps: int) -> Tensor:
     n, k = weight.shape
-    group = k // step.shape[1]
-    diagonal = gram.diagonal()
-    inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0).tolist()
-    s, z = (t.T.repeat_interleave(group, 0).contiguous() for t in (step, zero))  # [K, N], channels as rows
-    code = codes.T.float().contiguous()
+    diagonal, order = gram.diagonal(), torch.arange(k, device=gram.device)
+    inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)
+    s, nearest = grid.steps(order), grid.nearest(order)  # [K, N], channels as rows
+    # from H d to the best move of one channel, in its steps; finite, as H d may be 0
+    reach = (inverse.unsqueeze(1) / s).clamp_max_(torch.finfo(s.dtype).max)
+    level = grid.levels(codes).T.contiguous()
     w = weight.T.contiguous()
     for _ in range(sweeps):
-        pull = gram @ (w - (code - z) * s)  # H d: minus half the gradient; anew per sweep, so rounding does not add up
+        pull = gram @ (w - level * s)  # H d: minus half the gradient; anew per sweep, so rounding does not add up
         for start in range(0, k, DESCENT_BLOCK):
             stop = min(start + DESCENT_BLOCK, k)
             here, moved = pull[start:stop], torch.empty(stop - start, n, device=w.device)
             for j in range(start, stop):
                 i = j - start
-                best = (code[j] + here[i] * inverse[j] / s[j]).round_().clamp_(0, levels - 1)
-                torch.mul(code[j] - best, s[j], out=moved[i])
-                code[j] = best
+                best = nearest(torch.mul(here[i], reach[j]).add_(level[j]), j)
+                torch.mul(level[j] - best, s[j], out=moved[i])
+                level[j] = best
                 here[i + 1 :].addr_(gram[j + 1 : stop, j], moved[i])
             pull[stop:].addmm_(gram[stop:, start:stop], moved)
-    return code.to(torch.uint8).T.contiguous()
+    return grid.codes(level.T).contiguous()

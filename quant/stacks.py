@@ -43,8 +43,9 @@ def empty_model(folder: Path) -> Any:
 def skeleton(config: Any, cls: Any, dtype: torch.dtype) -> Any:
     """A model of class `cls` with all parameters on the meta device in `dtype` and real buffers, its experts apart."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = cls._from_config(config, dtype=dtype)
     unstack(model)
     return model

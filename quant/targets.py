@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quant.embedding import Head, find_head
+from quant.embedding import Head, UnpackableHead, find_head
 from quant.experts import routers, stacks_of, still_stacked
 from quant.kernels.activation import Activation
 from quant.kernels.activations.none import Unquantized
@@ -114,14 +114,19 @@ def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
     n, k = linear.out_features, linear.in_features
     fmt, note = fitted(head.table, fmt, k, "give another head, or null")
     reason = fmt.refuses(n, k)
+    if spanning := fmt.whole & fmt.fields(n, k).keys():
+        reason = f"a table is packed slice by slice, and {min(spanning)} spans all of them"
     if reason:
-        raise ValueError(f"{head.table} cannot be packed: {reason}; give another head, or null")
+        raise UnpackableHead(f"{head.table} cannot be packed: {reason}; give another head, or null")
     return Target(head.table, n, k, linear.bias is not None, fmt, Unquantized(), note)
 
 
 def fitted(name: str, fmt: Format, k: int, advice: str) -> tuple[Format, str]:
-    """`fmt` with its group fitted to K, and a note where that changed it. Raises ValueError, ending in `advice`."""
-    asked: Any = getattr(fmt, "group", -1)
+    """`fmt` with its group fitted to K, and a note where that changed it; a format without that parameter stays.
+
+    Raises ValueError, ending in `advice`, where no group fits.
+    """
+    asked: Any = fmt.config().get("group", -1)
     group = fit_group(asked, k)
     if group is None:
         raise ValueError(f"{name} has K = {k}, which no multiple of 16 up to group {asked} divides; {advice}")
@@ -141,6 +146,8 @@ def target_for(
         fmt = from_config({**(base.config() if same else {}), **rule.format})
     advice = f"add the rule {{match: {name}, skip: true}} or {{match: {name}, format: {{group: -1}}}}"
     fmt, note = fitted(name, fmt, k, advice)
+    if reason := fmt.refuses(n, k):
+        raise ValueError(f"{name} cannot be quantized: {reason}; add the rule {{match: {name}, skip: true}}")
     block = largest_block(activation.rotate, k)
     if block != activation.rotate:
         note = "; ".join(filter(None, [note, f"rotated in blocks of {block}: {activation.rotate} does not divide K = {k}"]))

@@ -111,7 +111,7 @@ def test_every_parameter_has_its_tensor_on_disk(folder: Callable[[str], Path], k
 
 @kinds
 def test_the_plan_shows_experts_and_is_exact(folder: Callable[[str], Path], packed_mixture: Any, kind: str) -> None:
-    plan, out = make_plan(str(folder(kind)), load_recipe("gptq")), packed_mixture(kind)
+    plan, out = make_plan(str(folder(kind)), load_recipe("gptq", ["head=null"])), packed_mixture(kind)
     experts = [t for t in plan.targets.values() if ".experts." in t.name]
     assert len(experts) == 2 * 4 * 3
     assert (out / "model.safetensors").stat().st_size == plan.bytes_on_disk()

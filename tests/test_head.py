@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import quant
 from quant.api import compile_folder
 from quant.cli import main
-from quant.embedding import PackedEmbedding, TiedHead, fill_table, find_head, pack_table
+from quant.embedding import PackedEmbedding, TiedHead, UnpackableHead, fill_table, find_head, pack_table
 from quant.eval.perplexity import Scorer
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, load_all
@@ -380,3 +380,42 @@ def test_a_damaged_table_is_named(made: Made, tiny: ModuleType, tmp_path: Path) 
     tiny.rewrite(folder, lambda t: t[f"{TABLE}.weight"].fill_(torch.inf))
     with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight holds a NaN or an infinity"):
         compile_folder(plan_of(folder, tiny, "8"), tmp_path / "out", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("recipe", ["dgq", "gptq", "qoq", "rtn"])
+def test_recipes_pack_the_head_of_models_that_allow_it(
+    tiny: ModuleType, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.llama_folder(tmp_path / "float", tied=True)
+    plan = make_plan(str(source), load_recipe(recipe))
+    assert plan.packed[TABLE].format == IntGroup(bits=8, group=64, symmetric=True)
+    assert plan.note == ""
+
+    def refuse(model: Any) -> None:
+        raise UnpackableHead("it has two heads; leave it in float with head: null")
+
+    monkeypatch.setattr("quant.targets.find_head", refuse)
+    plan = make_plan(str(source), load_recipe(recipe))
+    assert TABLE not in plan.packed
+    assert "lm_head" in plan.selection.kept
+    assert plan.recipe.head is None
+    assert plan.note == "the head stays in float: it has two heads; leave it in float with head: null"
+    with pytest.raises(UnpackableHead, match="two heads"):  # who asks for it gets it or an error
+        make_plan(str(source), load_recipe(recipe, ["head=4"]))
+    assert make_plan(str(source), load_recipe(recipe, ["head=null"])).note == ""
+
+
+def test_a_head_that_stays_in_float_is_told_once(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny.llama_folder(tmp_path / "float", tied=True)
+
+    def refuse(model: Any) -> None:
+        raise UnpackableHead("it has two heads; leave it in float with head: null")
+
+    monkeypatch.setattr("quant.targets.find_head", refuse)
+    assert main([str(source), "--recipe", "rtn", "--plan"]) == 0
+    assert capsys.readouterr().out.replace("\n", " ").count("the head stays in float: it has two heads") == 1
+    overrides = [one for one in tiny.SMALL if not one.startswith("head")]
+    with pytest.warns(UserWarning, match="the head stays in float: it has two heads"):
+        quant.quantize(source, "rtn", tmp_path / "packed", overrides=overrides)

@@ -118,6 +118,7 @@ print(sorted(above))
         "quant.checkpoint",
         "quant.embedding",
         "quant.experts",
+        "quant.grid",
         "quant.linear",
         "quant.models",
         "quant.naming",

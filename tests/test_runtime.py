@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quant
+from quant.eval.same_text import SameText, count
 from quant.kernels.cpu import library
 from quant.runtime import artifact, compiled, refuses
 from quant.runtime.decoder import TYPES, Decoder
@@ -46,6 +47,13 @@ def both(packed: Callable[..., Path]) -> tuple[Any, Any]:
     return quant.load(folder, compile=False), quant.load(folder, compile=True)
 
 
+@pytest.fixture(scope="module")
+def both_wide(packed: Callable[..., Path]) -> tuple[Any, Any]:
+    """The same in float32, where every other order of a sum shows."""
+    eager, fast = (quant.load(packed("dgq"), dtype=torch.float32, compile=how) for how in (False, True))
+    return eager, fast
+
+
 def prompt(tokens: int, rows: int = 1) -> Tensor:
     return torch.randint(1, 320, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
 
@@ -57,6 +65,35 @@ def test_the_text_is_the_eager_one(both: tuple[Any, Any], tokens: int) -> None:
     with torch.no_grad():
         assert torch.equal(fast.runtime.prefill(ids), eager(ids).logits[:, -1])
     assert torch.equal(eager.generate(ids, **GREEDY), fast.generate(ids, **GREEDY))
+
+
+def test_every_logit_is_the_eager_one_in_float32(both_wide: tuple[Any, Any]) -> None:
+    how = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+    for tokens in (1, 9, 40):
+        eager, fast = (model.generate(prompt(tokens), **how) for model in both_wide)
+        assert torch.equal(eager.sequences, fast.sequences)
+        assert torch.equal(torch.stack(eager.logits), torch.stack(fast.logits))
+
+
+def test_texts_are_counted(both: tuple[Any, Any], both_wide: tuple[Any, Any]) -> None:
+    def write(model: Any) -> tuple[Tensor, Tensor]:
+        out = model.generate(prompt(7), **GREEDY, return_dict_in_generate=True, output_logits=True)
+        return out.sequences[0, 7:], torch.cat(out.logits)
+
+    assert count(*both, iter([write, write])) == SameText(texts=2, equal=2, first_differences=(), equal_logits=2)
+    found = count(both[0], both_wide[0], iter([write]))
+    assert (found.texts, found.equal_logits) == (1, 0)
+    assert found.equal + len(found.first_differences) == 1
+
+
+def test_fp4_weights_and_tokens(packed: Callable[..., Path]) -> None:
+    """Rounding of the tokens is traced, the product is one direct call."""
+    ids = prompt(7)
+    eager, fast = (quant.load(packed("nvfp4-w4a4"), compile=how) for how in (False, True))
+    with torch.no_grad():
+        given, wanted = fast.runtime.prefill(ids).float(), eager(ids).logits[:, -1].float()
+    assert (given - wanted).norm() < 0.05 * wanted.norm()  # a token's value between two codes may go either way
+    assert fast.generate(ids, **GREEDY).shape == eager.generate(ids, **GREEDY).shape
 
 
 def test_sampling_draws_what_eager_draws(both: tuple[Any, Any]) -> None:
@@ -180,15 +217,18 @@ def test_what_a_graph_is_made_from_computes_what_transformers_does(kind: str, ca
     assert error < (1e-5 if cache == "float" else 0.03)
 
 
-def test_whisper(packed_speech: Path) -> None:
-    eager, fast = (quant.load(packed_speech, dtype=torch.bfloat16, compile=how) for how in (False, True))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_whisper(packed_speech: Path, dtype: torch.dtype) -> None:
+    eager, fast = (quant.load(packed_speech, dtype=dtype, compile=how) for how in (False, True))
     bins, frames = eager.config.num_mel_bins, 2 * eager.config.max_source_positions
     noise = np.random.default_rng(0).normal(size=(3, bins, frames))
-    features = torch.tensor(noise, dtype=torch.bfloat16)
+    features = torch.tensor(noise, dtype=dtype)
+    how = GREEDY | {"num_beams": 1, "max_new_tokens": 20, "return_dict_in_generate": True, "output_logits": True}
     for batch in (features[:1], features[1:]):
-        texts = [model.generate(batch, do_sample=False, num_beams=1, max_new_tokens=20) for model in (eager, fast)]
-        assert torch.equal(*texts)
-        assert texts[0].shape[1] >= 10
+        a, b = (model.generate(batch, **how) for model in (eager, fast))
+        assert torch.equal(a.sequences, b.sequences)
+        assert torch.equal(torch.stack(a.logits), torch.stack(b.logits))
+        assert a.sequences.shape[1] >= 10
 
 
 def test_models_that_are_not_compiled_say_why(tiny: ModuleType) -> None:

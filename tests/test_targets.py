@@ -9,6 +9,7 @@ from torch import nn
 
 from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.recipe import Recipe
@@ -126,3 +127,24 @@ def test_a_k_that_no_group_fits_names_the_ways_out() -> None:
 def test_what_the_pass_cannot_write_is_refused_by_layer() -> None:
     said = refusal(passes=[{"dgq": None}])
     assert said.startswith("layers.0.attn.q_proj cannot be quantized: dgq writes int4_dual")
+
+
+def test_blocks_of_a_fixed_length_are_not_refitted() -> None:
+    fp4: dict[str, Any] = {"format": {"name": "fp4_block", "kind": "mxfp4"}, "passes": [{"rtn": None}]}
+    targets = choose(**fp4).targets
+    assert {t.format for t in targets.values()} == {Fp4Block(kind="mxfp4")}
+    assert not any(t.note for t in targets.values())
+    said = refusal(model=Model(k=592), **fp4)  # 16 divides it, 32 does not
+    assert said.startswith("layers.0.attn.q_proj cannot be quantized: mxfp4 has blocks of 32")
+    assert said.endswith("add the rule {match: layers.0.attn.q_proj, skip: true}")
+
+
+def test_a_head_in_a_format_with_one_scale_for_all_rows_is_refused() -> None:
+    model = Model()
+    model.get_output_embeddings = lambda: model.lm_head
+    model.all_tied_weights_keys = {}
+    said = refusal(model=model, head={"name": "fp4_block", "kind": "nvfp4"})
+    assert said.startswith("lm_head cannot be packed: a table is packed slice by slice, and weight_global_scale spans all")
+    head = choose(model=model, head={"name": "fp4_block", "kind": "mxfp4"}).table
+    assert head is not None
+    assert head.format == Fp4Block(kind="mxfp4")

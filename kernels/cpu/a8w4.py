@@ -66,7 +66,7 @@ class A8W4(layout.BlockKernel):
         return spec.format.refuses(spec.n, spec.k) or library.refuses(spec)
 
     def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
-        codes = layout.block_nibbles(layout.unpack_nibbles(fields["weight_packed"]), layout.HALVES)
+        codes = layout.block_nibbles(fields["weight_packed"], layout.HALVES)
         both = (fields["group_scale"], fields["group_offset"].view(torch.uint8))
         scales = torch.stack([layout.block_groups(t) for t in both], 2)
         return codes, scales, fields["row_scale"].contiguous()

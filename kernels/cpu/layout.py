@@ -13,19 +13,15 @@ from torch import Tensor, nn
 
 from quant.kernels.cpu import memory
 from quant.kernels.dispatch import Kernel, Prepared
+from quant.kernels.formats.int_group import unpack_bits
 
 ROWS = 32
 PAIRS = ((0, 2), (4, 6), (1, 3), (5, 7))  # k in the low and high nibble of each byte of a lane, order `pairs`
 HALVES = ((0, 4), (1, 5), (2, 6), (3, 7))  # order `halves`
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """uint8 [N, K / 2], even k in the low nibble -> codes uint8 [N, K]."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
-
-
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Inverse of `unpack_nibbles`."""
+    """Codes uint8 [N, K] -> uint8 [N, K / 2], even k in the low nibble."""
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
@@ -34,12 +30,20 @@ def pad(t: Tensor, columns_to: int = 1) -> Tensor:
     return nn.functional.pad(t, (0, -t.shape[1] % columns_to, 0, -t.shape[0] % ROWS))
 
 
-def block_nibbles(codes: Tensor, order: tuple[tuple[int, int], ...]) -> Tensor:
-    """Codes [N, K] -> uint8 [N / 32, K / 8, 32, 4], byte b of a row holding the two k of order[b]."""
-    codes = pad(codes, 8)
-    tiles = codes.view(codes.shape[0] // ROWS, ROWS, -1, 8).transpose(1, 2)  # [N / 32, K / 8, 32, 8]
-    low, high = ([pair[i] for pair in order] for i in (0, 1))
-    return (tiles[..., low] | tiles[..., high] << 4).contiguous()
+def block_nibbles(packed: Tensor, order: tuple[tuple[int, int], ...]) -> Tensor:
+    """uint8 [N, K / 2], even k in the low nibble -> [N / 32, K / 8, 32, 4], byte b of a row holding the two k of order[b].
+
+    Eight codes at a time, as one little-endian word: nibbles that move by the same distance move together.
+    """
+    words = pad(packed, 4).view(torch.int32)
+    masks: dict[int, int] = {}  # distance in nibbles -> where those nibbles arrive
+    for to, k in enumerate(k for pair in order for k in pair):
+        masks[to - k] = masks.get(to - k, 0) | 15 << 4 * to
+    moved = torch.zeros_like(words)
+    for distance, mask in masks.items():
+        there = words << 4 * distance if distance >= 0 else words >> -4 * distance
+        moved |= there.bitwise_and_(mask - (mask >> 31 << 32))  # as a signed number
+    return block_words(moved)
 
 
 def unblock_nibbles(blocks: Tensor, order: tuple[tuple[int, int], ...], n: int, k: int) -> Tensor:
@@ -83,17 +87,20 @@ def unblock_tops(blocks: Tensor, n: int, k: int) -> Tensor:
     return octets.transpose(2, 3).flatten(1)[:n, :k]
 
 
-def block_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [N, K] of 2, 3, 4 or 8 bits -> uint8 [N / 32, K / unit, bytes of a unit], as weights.h describes."""
+def block_codes(packed: Tensor, bits: int, k: int) -> Tensor:
+    """A bit stream uint8 [N, K * bits / 8] of 2, 3, 4 or 8 bits -> uint8 [N / 32, K / unit, bytes of a unit], see weights.h."""
+    if bits == 8:
+        return block_bytes(packed).flatten(2)
+    if bits == 4:
+        return block_nibbles(packed, PAIRS).flatten(2)
+    codes = unpack_bits(packed, bits, k)
     if bits == 2:
         return block_pairs(codes).flatten(2)
-    if bits == 3:
-        return torch.cat((block_pairs(codes & 3).flatten(2), block_tops(codes >> 2).flatten(2)), 2)
-    return (block_nibbles(codes, PAIRS) if bits == 4 else block_bytes(codes)).flatten(2)
+    return torch.cat((block_pairs(codes & 3).flatten(2), block_tops(codes >> 2).flatten(2)), 2)
 
 
 def unblock_codes(blocks: Tensor, bits: int, n: int, k: int, rows: Tensor | None = None) -> Tensor:
-    """Inverse of `block_codes`. rows int64 [n]: only these, in this order."""
+    """Codes uint8 [n, k] of `block_codes`. rows int64 [n]: only these, in this order."""
     parts = [_rows(blocks[:, :, : 4 * ROWS], 4)]
     if bits == 3:
         parts.append(_rows(blocks[:, :, 4 * ROWS :], 2))
@@ -108,9 +115,14 @@ def unblock_codes(blocks: Tensor, bits: int, n: int, k: int, rows: Tensor | None
 
 
 def block_bytes(codes: Tensor) -> Tensor:
-    """Codes [N, K] -> uint8 [N / 32, K / 4, 32, 4]."""
-    codes = pad(codes, 8)
-    return codes.view(codes.shape[0] // ROWS, ROWS, -1, 4).transpose(1, 2).contiguous()
+    """Codes uint8 [N, K] -> uint8 [N / 32, K / 4, 32, 4]."""
+    return block_words(pad(codes, 8).view(torch.int32))
+
+
+def block_words(words: Tensor) -> Tensor:
+    """One int32 per k, [N, C] with N a multiple of 32 -> uint8 [N / 32, C, 32, 4]."""
+    blocks = words.view(-1, ROWS, words.shape[1]).transpose(1, 2).contiguous()
+    return blocks.view(torch.uint8).view(*blocks.shape, 4)
 
 
 def unblock_bytes(blocks: Tensor, n: int, k: int) -> Tensor:

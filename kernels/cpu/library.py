@@ -29,9 +29,12 @@ _SIGNATURES = {
     "lowbit_w8a8_multi": (_P, _I, _L, _L, _P, _I, _P, _P),
     "lowbit_weight_only_multi": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
     "lowbit_rotate": (_P, _I, _P, _L, _L, _L, ctypes.c_float),
+    "lowbit_fp4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _P),
     "lowbit_read": (_P, _L),
     "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),
     "lowbit_append": (_P, _P, _P, _P, _P, _P, _P, _P, _L, _I),
+    "lowbit_norm": (_P, _P, _P, _P, _L, _L, ctypes.c_float, _I, _I),
+    "lowbit_activate": (_P, _P, _P, _L, _I, _I),
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.kernels.cpu import layout, library
 from quant.kernels.dispatch import MatmulSpec, Prepared, register
 from quant.kernels.format import Codes, Fields
-from quant.kernels.formats.int_group import IntGroup, pack_bits, unpack_bits
+from quant.kernels.formats.int_group import IntGroup, pack_bits
 
 
 def cpu_weight_only_multi(
@@ -81,7 +81,7 @@ class WeightOnly(layout.BlockKernel):
 
     def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
         assert isinstance(spec.format, IntGroup)
-        codes = layout.block_codes(unpack_bits(fields["weight_packed"], spec.format.bits, spec.k), spec.format.bits)
+        codes = layout.block_codes(fields["weight_packed"], spec.format.bits, spec.k)
         return codes, *(layout.block_groups(fields[name]) for name in ("weight_scale", "weight_zero") if name in fields)
 
     def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:

@@ -21,7 +21,9 @@ class Pass(GridRounder):
     refits: int = Field(0, ge=0, le=100)
 
     def refuses(self, fmt: Format) -> str | None:
-        return None if isinstance(fmt, IntGroup) else f"gptq writes int_group, not {fmt.name}; use the dgq pass for int4_dual"
+        if isinstance(fmt, IntGroup):
+            return None
+        return f"gptq writes int_group, not {fmt.name}; use the pass dgq for int4_dual, fp4 for fp4_block"
 
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         assert isinstance(fmt, IntGroup)

@@ -75,10 +75,9 @@ class Graph:
     """One compiled graph with the tensors of a model: `graph([tensor, ...])` -> tensors. The tensors stay the model's."""
 
     def __init__(self, path: Path, module: nn.Module) -> None:
-        from torch._inductor import aoti_load_package
-
         shims.publish()
-        self._loader = aoti_load_package(str(path)).loader
+        # not through aoti_load_package, which compiles test programs to compare processors: the file's name says that already
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
         held = dict(constants(module))
         self._held = {name: held[name] for name in self._loader.get_constant_fqns()}  # the graph keeps bare pointers
         self._loader.load_constants(self._held, False, True, True)

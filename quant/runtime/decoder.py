@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quant.runtime import attend
 from quant.runtime.linears import Embedding, Linears, dtype_of, weight_of
+from quant.serve import pointwise
 
 TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type; each is run in the tests
 ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the text
@@ -65,7 +66,9 @@ class Block(nn.Module):
         y = attend.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache, start, first, self.scale)
         x = x + self.out(y)[0]
         gate, up = self.gate_up(self.mlp_norm(x))
-        out: Tensor = x + self.down(self.activation(gate) * up)[0]
+        fused = isinstance(self.activation, pointwise.SiLU)
+        hidden = torch.ops.lowbit.cpu_silu_mul(gate, up) if fused else self.activation(gate) * up
+        out: Tensor = x + self.down(hidden)[0]
         return out
 
 

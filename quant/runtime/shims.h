@@ -18,11 +18,16 @@ void lowbit_w8a8_multi(const void* x, int dtype, int64_t m, int64_t k, const Low
                  const void* row_scale);
 void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, int bits,
                         const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group);
+void lowbit_fp4_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, const void* codes,
+                      const void* scale, int group, const void* row_scale);
 void lowbit_rotate(const void* x, int dtype, void* y, int64_t m, int64_t k, int64_t size, float scale);
 void lowbit_attention(const void* q, const void* k, const void* v, void* y, const void* k_scale, const void* v_scale,
                       const void* k_channel, const void* first, const int64_t* sizes, int64_t start, float scale, int dtype);
 void lowbit_append(const void* k, const void* v, void* k_cache, void* v_cache, void* k_scale, void* v_scale,
                    const void* k_channel, const int64_t* sizes, int64_t start, int dtype);
+void lowbit_norm(const void* x, const void* weight, const void* bias, void* y, int64_t m, int64_t k, float eps, int centered,
+                 int dtype);
+void lowbit_activate(const void* x, const void* by, void* y, int64_t count, int kind, int dtype);
 }
 
 static void* lowbit_data(AtenTensorHandle tensor) {
@@ -105,6 +110,17 @@ AOTITorchError aoti_torch_cpu_cpu_weight_only_multi(AtenTensorHandle x, AtenTens
     return 0;
 }
 
+template <class Biases, class... Out>
+AOTITorchError aoti_torch_cpu_cpu_fp4_multi(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scale,
+                                            AtenTensorHandle* row_scale, const Biases& biases, int64_t, const int64_t* ns, int64_t,
+                                            int64_t group, Out... out) {
+    const LowbitOutputs<Biases> p(x, biases, ns, {out...});
+    if (p.error) return p.error;
+    lowbit_fp4_multi(lowbit_data(x), p.dtype, p.m, p.k, p.outputs, sizeof...(out), lowbit_data(codes), lowbit_data(scale),
+                     (int)group, lowbit_data(row_scale));
+    return 0;
+}
+
 AOTITorchError aoti_torch_cpu_cpu_a8w4(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales,
                                        AtenTensorHandle row_scale, AtenTensorHandle* bias, int64_t group,
                                        AtenTensorHandle* out) {
@@ -122,6 +138,12 @@ AOTITorchError aoti_torch_cpu_cpu_weight_only(AtenTensorHandle x, AtenTensorHand
                                               AtenTensorHandle* zero, AtenTensorHandle* bias, int64_t n, int64_t k,
                                               int64_t bits, int64_t group, AtenTensorHandle* out) {
     return aoti_torch_cpu_cpu_weight_only_multi(x, codes, scale, zero, &bias, 1, &n, 1, k, bits, group, out);
+}
+
+AOTITorchError aoti_torch_cpu_cpu_fp4(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scale,
+                                      AtenTensorHandle* row_scale, AtenTensorHandle* bias, int64_t n, int64_t group,
+                                      AtenTensorHandle* out) {
+    return aoti_torch_cpu_cpu_fp4_multi(x, codes, scale, row_scale, &bias, 1, &n, 1, group, out);
 }
 
 AOTITorchError aoti_torch_cpu_rotate(AtenTensorHandle x, int64_t size, AtenTensorHandle* out) {
@@ -200,3 +222,57 @@ AOTITorchError aoti_torch_cpu_cpu_append_kv_int8(AtenTensorHandle k, AtenTensorH
                                                  AtenTensorHandle k_channel, AtenTensorHandle start, std::nullptr_t) {
     return lowbit_store(k, v, k_cache, v_cache, lowbit_data(k_scale), lowbit_data(v_scale), lowbit_data(k_channel), start);
 }
+
+// x [..., K], contiguous -> out of its shape. Returns the number of elements, or -1 for a strided x or where memory is short.
+static int64_t lowbit_like(AtenTensorHandle x, AtenTensorHandle* out, int64_t* last) {
+    constexpr int64_t kMost = 8;
+    int64_t dims = 0, count = 1, strides[kMost], *sizes = nullptr, *given = nullptr;
+    int32_t dtype = 0;
+    aoti_torch_get_dim(x, &dims);
+    aoti_torch_get_sizes(x, &sizes);
+    aoti_torch_get_dtype(x, &dtype);
+    aoti_torch_get_strides(x, &given);
+    if (dims < 1 || dims > kMost) return -1;
+    for (int64_t i = dims; i-- > 0; count *= sizes[i]) {
+        strides[i] = count;
+        if (sizes[i] > 1 && given[i] != count) return -1;
+    }
+    *last = sizes[dims - 1];
+    return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, out) ? -1 : count;
+}
+
+static AOTITorchError lowbit_normalize(AtenTensorHandle x, AtenTensorHandle weight, void* bias, double eps, int centered,
+                                       AtenTensorHandle* out) {
+    int64_t k = 0;
+    const int64_t count = lowbit_like(x, out, &k);
+    if (count < 0) return 1;
+    if (count)
+        lowbit_norm(lowbit_data(x), lowbit_data(weight), bias, lowbit_data(*out), count / k, k, (float)eps, centered,
+                    lowbit_dtype(x));
+    return 0;
+}
+
+static AOTITorchError lowbit_apply(AtenTensorHandle x, void* by, int kind, AtenTensorHandle* out) {
+    int64_t k = 0;
+    const int64_t count = lowbit_like(x, out, &k);
+    if (count < 0) return 1;
+    lowbit_activate(lowbit_data(x), by, lowbit_data(*out), count, kind, lowbit_dtype(x));
+    return 0;
+}
+
+AOTITorchError aoti_torch_cpu_cpu_rms_norm(AtenTensorHandle x, AtenTensorHandle weight, double eps, AtenTensorHandle* out) {
+    return lowbit_normalize(x, weight, nullptr, eps, 0, out);
+}
+
+AOTITorchError aoti_torch_cpu_cpu_layer_norm(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle bias, double eps,
+                                             AtenTensorHandle* out) {
+    return lowbit_normalize(x, weight, lowbit_data(bias), eps, 1, out);
+}
+
+AOTITorchError aoti_torch_cpu_cpu_silu(AtenTensorHandle x, AtenTensorHandle* out) { return lowbit_apply(x, nullptr, 0, out); }
+
+AOTITorchError aoti_torch_cpu_cpu_silu_mul(AtenTensorHandle x, AtenTensorHandle by, AtenTensorHandle* out) {
+    return lowbit_apply(x, lowbit_data(by), 0, out);
+}
+
+AOTITorchError aoti_torch_cpu_cpu_gelu(AtenTensorHandle x, AtenTensorHandle* out) { return lowbit_apply(x, nullptr, 1, out); }

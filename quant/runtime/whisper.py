@@ -72,8 +72,9 @@ class Decoder(nn.Module):
         x = self.embed(ids) + nn.functional.embedding(places, self.positions.weight)
         for block, cache, heard in zip(self.blocks, caches, audio, strict=True):
             x = block(x, cache, heard, start, first)
-        logits: Tensor = self.head(self.norm(x[:, -1]))[0]
-        return logits
+        # of every token, as transformers does: for another number of rows a BLAS adds in another order, and prompts are short
+        logits: Tensor = self.head(self.norm(x))[0]
+        return logits[:, -1].contiguous()
 
 
 class Audio(nn.Module):

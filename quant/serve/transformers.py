@@ -90,12 +90,14 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.require_valid(name)
                 module.requires_grad_(False)  # transformers has made the bias trainable
         from quant.kernels.cpu import library
-        from quant.serve import attention  # imports model code, which may be half imported when this file is
+        from quant.serve import attention, pointwise  # not above: model code may be half imported when this file is
 
         link(model)
-        if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and library.available():
-            attention.register()
-            model.set_attn_implementation(attention.NAME)
+        if model.device.type == "cpu" and library.available():
+            pointwise.install(model)
+            if model.config._attn_implementation == "sdpa":
+                attention.register()
+                model.set_attn_implementation(attention.NAME)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -15,6 +15,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {  # a format without an entry is
         {"bits": b, "group": g, "symmetric": s} for b in (2, 3, 4, 8) for g in (16, 48, 64, 96, -1) for s in (True, False)
     ],
     "int4_dual": [{"group": g} for g in (2, 16, 48, 64, 96, 192)],
+    "fp4_block": [{"kind": kind} for kind in ("mxfp4", "nvfp4")],
 }
 EVERY = [from_config({"name": name, **options}) for name in sorted(FORMATS) for options in VARIANTS.get(name, [{}])]
 every = pytest.mark.parametrize("fmt", EVERY, ids=lambda fmt: "-".join(map(str, fmt.config().values())))
@@ -55,9 +56,21 @@ def test_round_trip_is_exact_and_fields_are_as_announced(fmt: Format) -> None:
     assert torch.equal(again.codes, codes.codes)
     assert again.params.keys() == codes.params.keys()
     for name, value in codes.params.items():
-        assert torch.equal(again.params[name], value), name
+        assert torch.equal(again.params[name].view(torch.uint8), value.view(torch.uint8)), name  # float8 has no `equal`
     assert sum(t.numel() * t.itemsize for t in packed.values()) == fmt.stored_bytes(N, K)
     assert fmt.bits_per_weight(N, K) == 8 * fmt.stored_bytes(N, K) / (N * K)
+
+
+@every
+def test_rows_of_a_weight_are_a_weight(fmt: Format) -> None:
+    """However they are picked; what belongs to the whole weight stays."""
+    codes = fmt.nearest(weights())
+    packed, whole = fmt.pack(codes), fmt.dequantize(codes)
+    for rows in (slice(1, 4), torch.tensor([3, 0, 3])):
+        count = len(torch.arange(N)[rows])
+        part = fmt.rows(packed, rows)
+        fmt.check(part, count, K)
+        assert torch.equal(fmt.dequantize(fmt.unpack(part, count, K)), whole[rows])
 
 
 @every
@@ -89,7 +102,8 @@ def test_check_names_the_field_that_is_wrong(fmt: Format) -> None:
         assert refusal(fmt, good | {name: value[:-1]}).startswith(f"{name} is ")
         assert str(torch.int32) in refusal(fmt, good | {name: value.to(torch.int32)})
         if value.is_floating_point():
-            for poison in (float("nan"), float("inf")):
+            has_infinity = torch.full((), float("inf")).to(value.dtype).float().isinf()
+            for poison in (float("nan"), *[float("inf")] * int(has_infinity)):
                 damaged = value.clone()
                 damaged.view(-1)[-1] = poison
                 assert refusal(fmt, good | {name: damaged}).startswith(f"{name} holds a NaN or an infinity")
@@ -110,13 +124,14 @@ def test_zeros_stay_zeros_and_nothing_turns_into_nan(fmt: Format) -> None:
     assert back.isfinite().all()
     assert (back[0] == 0).all()
     assert (back[1, : K // 2] == 0).all()
-    assert (back[2:4] - w[2:4]).abs().max() < 0.7 * 0.01  # 15 and 0 are on every grid that was scaled to a constant
+    # 15 and 0 are on every grid that was scaled to a constant; scales that are powers of two miss it by up to a sixth
+    assert (back[2:4] - w[2:4]).abs().max() < 0.7 * (1 / 6 if fmt.config().get("kind") == "mxfp4" else 0.01)
     assert back[4].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("fmt", [f for f in EVERY if 0 < f.config()["group"] < K], ids=str)
+@pytest.mark.parametrize("fmt", [f for f in EVERY if 0 < f.group < K], ids=str)
 def test_a_zero_group_costs_its_neighbours_nothing(fmt: Format) -> None:
-    group = fmt.config()["group"]
+    group = fmt.group
     w = weights()
     w[:, :group] = 0
     rest = w[:, group:]
@@ -145,5 +160,5 @@ def test_fit_group(asked: int, k: int, used: int | None) -> None:
 @every
 def test_a_k_that_no_group_divides_is_refused(fmt: Format) -> None:
     assert fmt.refuses(N, K) is None
-    if fmt.config()["group"] > 1:
+    if fmt.group > 1:
         assert f"{K + 1}" in str(fmt.refuses(N, K + 1))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from quant.kernels.activations.int_token import Int8Token, quantize_token
 from quant.kernels.activations.none import Unquantized
-from quant.kernels.cpu import a8w4, build, library, memory, w8a8, weight_only
+from quant.kernels.cpu import a8w4, build, fp4, library, memory, w8a8, weight_only
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
@@ -55,6 +56,7 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         "group_offset": (-7 * z).to(torch.int8),
         "row_scale": torch.rand(N),
     }
+    nvfp4 = {"weight_scale": torch.rand(N, K // 16).to(torch.float8_e4m3fn), "weight_global_scale": torch.tensor([700.0])}
     float_weights = [
         (weight_only.WeightOnly(), IntGroup(bits=bits, group=G, symmetric=False), Unquantized(), 2**bits, grouped(2**bits))
         for bits in (2, 3, 4, 8)
@@ -62,6 +64,8 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
     layers = [
         (a8w4.A8W4(), Int4Dual(group=G), Int8Token(), 16, dual),
         (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), Int8Token(), 256, {"weight_scale": torch.rand(N, 1)}),
+        (fp4.Fp4(), Fp4Block(kind="mxfp4"), Unquantized(), 16, {"weight_scale": torch.randint(118, 126, (N, K // 32)).byte()}),
+        (fp4.Fp4(), Fp4Block(kind="nvfp4"), Unquantized(), 16, nvfp4),
         *float_weights,
     ]
     out = []
@@ -74,12 +78,22 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
 
 def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     """Each torch operator with arguments for it."""
-    (_, (codes, scales, rows), _), (_, (codes8, rows8), _), *_, (_, (codes4, scale, zero), _), _ = problems()
+    (
+        (_, (codes, scales, rows), _),
+        (_, (codes8, rows8), _),
+        _,
+        (_, (codes_fp4, scale_fp4, rows_fp4, _), _),
+        *_,
+        (_, (codes4, scale, zero), _),
+        _,
+    ) = problems()
     x, bias = torch.randn(5, K), torch.randn(N)
     return [
         (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G)),
         (torch.ops.lowbit.cpu_w8a8, (x, codes8, rows8, None, K)),
         (torch.ops.lowbit.cpu_weight_only, (x.bfloat16(), codes4, scale, zero, bias, N, K, 4, G)),
+        (torch.ops.lowbit.cpu_fp4, (x, codes_fp4, scale_fp4, rows_fp4, bias, N, 16)),
+        (torch.ops.lowbit.cpu_fp4_multi, (x, codes_fp4, scale_fp4, None, [bias[:64], None], [64, N - 64], 16)),
         (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G)),
         (torch.ops.lowbit.cpu_w8a8_multi, (x, codes8, rows8, [None, bias[64:]], [64, N - 64], K)),
         (torch.ops.lowbit.cpu_weight_only_multi, (x, codes4, scale, zero, [None, None], [32, N - 32], K, 4, G)),
@@ -237,7 +251,7 @@ def test_joined_layers_give_what_each_gives_alone(m: int) -> None:
             assert torch.equal(y, kernel.matmul(x, own, bias, one)), kernel.name
             assert torch.equal(y, kernel.matmul(x, part, bias, one)), kernel.name
             for name, t in kernel.restore(part, one).items():
-                assert torch.equal(t, kernel.restore(own, one)[name]), name
+                assert torch.equal(t.view(torch.uint8), kernel.restore(own, one)[name].view(torch.uint8)), name
 
 
 @needs_library

@@ -12,9 +12,12 @@ from torch import Tensor
 from quant.kernels import dispatch
 from quant.kernels.activation import Activation
 from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.none import Unquantized
+from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import Kernel, MatmulSpec
-from quant.kernels.format import Codes, Format
+from quant.kernels.format import Codes, Fields, Format
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
@@ -33,6 +36,10 @@ FORMATS = {
     "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), Unquantized()),
     "w4_row": lambda g: (IntGroup(bits=4, group=-1, symmetric=False), Unquantized()),
     "w8_row": lambda g: (IntGroup(bits=8, group=-1, symmetric=False), Unquantized()),
+    "mxfp4": lambda g: (Fp4Block(kind="mxfp4"), Unquantized()),
+    "nvfp4": lambda g: (Fp4Block(kind="nvfp4"), Unquantized()),
+    "mxfp4_w4a4": lambda g: (Fp4Block(kind="mxfp4"), MxFp4()),
+    "nvfp4_w4a4": lambda g: (Fp4Block(kind="nvfp4"), NvFp4()),
 }
 
 
@@ -44,6 +51,12 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
         s2[beyond], z[beyond] = 8, 8
         params = {"group_scale": s2.to(torch.uint8), "group_offset": (-z * s2).to(torch.int8), "row_scale": torch.rand(n) + 0.1}
         return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
+    if isinstance(fmt, Fp4Block):
+        groups, params = k // fmt.group, {"weight_scale": torch.randint(118, 126, (n, k // fmt.group), dtype=torch.uint8)}
+        if fmt.kind == "nvfp4":  # subnormal scales too
+            params = {"weight_scale": torch.randint(1, 0x7F, (n, groups), dtype=torch.uint8).view(torch.float8_e4m3fn)}
+            params["weight_global_scale"] = torch.rand(1) * 1000 + 500
+        return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
     assert isinstance(fmt, IntGroup)
     top, groups = 2**fmt.bits, fmt.groups(k)
     sign = torch.where(torch.rand(n, groups) < 0.3, -1.0, 1.0)
@@ -53,9 +66,15 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
     return Codes(torch.randint(0, top, (n, k), dtype=torch.uint8), params)
 
 
-def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+def fields_of(spec: MatmulSpec, codes: Codes) -> Fields:
+    """All stored tensors of a layer."""
+    tokens = torch.randn(8, spec.k)
+    return {**spec.format.pack(codes), **spec.activation.fit(tokens, tokens.abs().amax(0))}
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, fields: Fields) -> Tensor:
     """float64 [M, N]."""
-    seen = x.double()
+    seen = activation.quantize(x, fields).double()
     if activation.name == "int8_token":
         codes, scale = quantize_token(x)
         seen = codes.double() * scale.double().unsqueeze(-1)
@@ -98,7 +117,8 @@ def test_matches_float64(kernel: Kernel, kind: str, n: int, k: int, g: int) -> N
     torch.manual_seed(n)
     spec = serving(kernel, kind, n, k, g)
     codes = random_codes(spec.format, n, k)
-    prepared, weight = kernel.prepare(spec.format.pack(codes), spec), spec.format.dequantize(codes)
+    fields, weight = fields_of(spec, codes), spec.format.dequantize(codes)
+    prepared = kernel.prepare(fields, spec)
     for m in (1, 3, 17, 64):
         for dtype, tolerance in ROUNDING.items():
             x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
@@ -106,7 +126,7 @@ def test_matches_float64(kernel: Kernel, kind: str, n: int, k: int, g: int) -> N
                 y = kernel.matmul(x, prepared, given, spec)
                 assert y.dtype == dtype
                 assert y.shape == (m, n)
-                assert relative(y, expected(x, weight, given, spec.activation)) < tolerance, (m, dtype)
+                assert relative(y, expected(x, weight, given, spec.activation, fields)) < tolerance, (m, dtype)
 
 
 @every
@@ -114,12 +134,12 @@ def test_matches_float64(kernel: Kernel, kind: str, n: int, k: int, g: int) -> N
 @pytest.mark.parametrize(("n", "k", "g"), SHAPES)
 def test_restore_gives_back_the_canonical_bytes(kernel: Kernel, kind: str, n: int, k: int, g: int) -> None:
     spec = serving(kernel, kind, n, k, g)
-    fields = spec.format.pack(random_codes(spec.format, n, k))
+    fields = fields_of(spec, random_codes(spec.format, n, k))
     restored = kernel.restore(kernel.prepare(fields, spec), spec)
     assert restored.keys() == fields.keys()
     for name, stored in fields.items():
         assert restored[name].dtype == stored.dtype
-        assert torch.equal(restored[name], stored), name
+        assert torch.equal(restored[name].view(torch.uint8), stored.view(torch.uint8)), name  # float8 has no `equal`
         assert restored[name].is_contiguous()
 
 
@@ -135,14 +155,15 @@ def test_extremes(kernel: Kernel, kind: str) -> None:
         codes.params["group_offset"].fill_(-128)
     codes.codes[: n // 2] = 0
     codes.codes[n // 2 :] = 2**spec.format.bits - 1 if isinstance(spec.format, IntGroup) else 15
-    prepared, weight = kernel.prepare(spec.format.pack(codes), spec), spec.format.dequantize(codes)
+    fields, weight = fields_of(spec, codes), spec.format.dequantize(codes)
+    prepared = kernel.prepare(fields, spec)
     x = torch.randn(21, k)
     x[0], x[1], x[2] = 0, 3, -3
     x[3, 7] = 1e6
     y = kernel.matmul(x, prepared, None, spec)
     assert torch.equal(y[0], torch.zeros(n))
     for row in (1, 2, 3, 20):
-        wanted = expected(x[row : row + 1], weight, None, spec.activation)
+        wanted = expected(x[row : row + 1], weight, None, spec.activation, fields)
         assert relative(kernel.matmul(x[row : row + 1], prepared, None, spec), wanted) < 2e-5, row
         assert relative(y[row : row + 1], wanted) < 2e-5, row
     assert kernel.matmul(x[:0], prepared, None, spec).shape == (0, n)
@@ -170,6 +191,7 @@ def test_cpu_kernels_are_the_ones_chosen() -> None:
         ("int4_dual", "cpu_a8w4"),
         ("w8", "cpu_w8a8"),
         *((f"w{b}_asym", "cpu_weight_only") for b in (2, 3, 4, 8)),
+        *((kind, "cpu_fp4") for kind in ("mxfp4", "nvfp4", "mxfp4_w4a4", "nvfp4_w4a4")),
     ):
         fmt, activation = FORMATS[kind](32)
         kernel, refusals = dispatch.choose(MatmulSpec(n=8, k=64, format=fmt, activation=activation, device="cpu"))

@@ -4,8 +4,8 @@
 // the second operand of a tile product must look like, and a token stored plainly is what the first must look like. A
 // panel is 32 tokens; 2 x 2 tiles of sums stay in registers over a slice. Few tokens take the AVX-512 way.
 #include "amxtile.h"
+#include "avx512fp4pairs.h"
 #include "avx512integer.h"
-#include "avx512unpack.h"
 
 namespace {
 
@@ -149,4 +149,8 @@ void amx_w8a8(const Problem& p) { run<IntegerTiles<W8A8>>(p); }
 void amx_weight_only(const Problem& p) {
     if (p.dtype != kBF16) return avx512_weight_only(p);
     LOWBIT_BY_BITS(p, Kernel)
+}
+void amx_fp4(const Problem& p) {
+    if (p.dtype != kBF16) return avx512_fp4(p);
+    run<Fp4Pairs<TileEngine>>(p);
 }

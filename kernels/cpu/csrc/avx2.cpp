@@ -4,6 +4,7 @@
 // which full bytes would not, so the group's scale goes on the int32 sum. W8A8 widens both sides to int16 instead.
 #include <immintrin.h>
 
+#include "fp4.h"
 #include "weights.h"
 #include "rotation.h"
 
@@ -147,8 +148,60 @@ struct WeightOnly : FloatPanels<BITS> {
     }
 };
 
+// Twice an E2M1 value is a small integer: a byte look-up does 32 codes at once, and the halves go into the block's scale.
+struct Fp4 : FloatPanels<4> {
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
+
+    static __m256 half_scale(const Problem& p, const uint8_t* at) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
+        if (p.scale_is_e8m0) {
+            const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(1 << 22));
+            return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0.5f));
+        }
+        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(byte, 20)), _mm256_set1_ps(0x1p119f));
+    }
+
+    template <int MT, int B>
+    static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
+        const int64_t groups = p.k / p.group;
+        const __m256i mask = _mm256_set1_epi8(15);
+        const __m256i table = _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+        memset(out, 0, MT * kRows * sizeof(float));
+        for (int64_t g = 0; g < groups; g++)
+            for (int strip = 0; strip < kStrips; strip++) {
+                const uint8_t* w = p.codes + (block * p.k + g * p.group) * 16 + 32 * strip;
+                const float* x = (const float*)panel.data + g * p.group * MT;
+                __m256 part[MT][2];
+                for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm256_setzero_ps();
+                for (int64_t i = 0; i < p.group / 8; i++, w += 128, x += 8 * MT) {
+                    const __m256i word = load(w);
+                    const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(word, mask));
+                    const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(word, 4), mask));
+#pragma GCC unroll 8
+                    for (int k = 0; k < 8; k++) {
+                        const int byte = Stored<4>::shift(k) / 8;
+                        const __m256i codes = Stored<4>::shift(k) % 8 ? high : low;
+                        const __m256 weight =
+                            _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * byte), 24));
+#pragma GCC unroll 4
+                        for (int t = 0; t < MT; t++)
+                            part[t][k & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][k & 1]);
+                    }
+                }
+                const __m256 scale = half_scale(p, (const uint8_t*)p.scale + (block * groups + g) * kRows + 8 * strip);
+                for (int t = 0; t < MT; t++) {
+                    float* to = out + t * kRows + 8 * strip;
+                    _mm256_store_ps(to, _mm256_fmadd_ps(scale, _mm256_add_ps(part[t][0], part[t][1]), _mm256_load_ps(to)));
+                }
+            }
+    }
+};
+
 }  // namespace
 
+void avx2_fp4(const Problem& p) { run<Fp4>(p); }
 void avx2_a8w4(const Problem& p) { run<A8W4>(p); }
 void avx2_w8a8(const Problem& p) { run<W8A8>(p); }
 void avx2_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }

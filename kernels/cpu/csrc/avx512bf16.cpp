@@ -1,5 +1,6 @@
 // Weight-only kernels for AVX-512 with BF16. vdpbf16ps multiplies pairs of bfloat16, exactly, and adds to a float32 lane.
 // Only bfloat16 tokens take this way: wider ones would need two or three terms, which float32 units beat.
+#include "avx512fp4pairs.h"
 #include "avx512pairs.h"
 
 namespace {
@@ -57,4 +58,8 @@ using Kernel = WeightOnly<BITS, Bf16Engine, FewPairs<BITS>>;
 void avx512bf16_weight_only(const Problem& p) {
     if (p.dtype != kBF16) return avx512_weight_only(p);
     LOWBIT_BY_BITS(p, Kernel)
+}
+void avx512bf16_fp4(const Problem& p) {
+    if (p.dtype != kBF16) return avx512_fp4(p);
+    run<Fp4Pairs<Bf16Engine>>(p);
 }

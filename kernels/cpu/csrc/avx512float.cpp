@@ -1,5 +1,5 @@
 // Weight-only kernels for AVX-512 without BF16, and for tokens that bfloat16 cannot hold: float32 throughout.
-#include "avx512weights.h"
+#include "avx512fp4.h"
 
 namespace {
 
@@ -63,3 +63,4 @@ using Kernel = WeightOnly<BITS, FloatEngine>;
 }  // namespace
 
 void avx512_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, Kernel) }
+void avx512_fp4(const Problem& p) { run<Fp4<FloatEngine>>(p); }

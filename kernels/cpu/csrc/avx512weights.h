@@ -20,6 +20,7 @@
 namespace {
 
 inline __m512 load_scale(const Problem& p, int64_t index) {
+    if (!p.scale) return _mm512_set1_ps(1.0f);  // it is in the weights
     if (p.scale_is_f32) return _mm512_loadu_ps((const float*)p.scale + index);
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)((const uint16_t*)p.scale + index)));
 }

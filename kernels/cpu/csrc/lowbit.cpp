@@ -1,6 +1,7 @@
 // The plain C interface, and the choice of instruction set at run time.
 #include "attention.h"
 #include "lowbit.h"
+#include "pointwise_api.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -41,14 +42,16 @@ bool has(Isa isa) {
 
 KernelTable table_of(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, avx512_rotate};
-    if (isa == kAvx512)  // Cascade Lake and Ice Lake have VNNI without BF16
-        return {avx512_a8w4, avx512_w8a8, __builtin_cpu_supports("avx512bf16") ? avx512bf16_weight_only : avx512_weight_only,
-                avx512_rotate};
-    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_rotate};
+    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, avx512_rotate};
+    if (isa == kAvx512) {  // Cascade Lake and Ice Lake have VNNI without BF16
+        const bool bf16 = __builtin_cpu_supports("avx512bf16");
+        return {avx512_a8w4, avx512_w8a8, bf16 ? avx512bf16_weight_only : avx512_weight_only,
+                bf16 ? avx512bf16_fp4 : avx512_fp4, avx512_rotate};
+    }
+    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_rotate};
 #endif
     (void)isa;
-    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
+    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate};
 }
 
 AttentionTable attention_of(Isa isa) {
@@ -61,8 +64,18 @@ AttentionTable attention_of(Isa isa) {
     return {portable_attend, portable_append};
 }
 
+PointwiseTable pointwise_of(Isa isa) {
+#if defined(__x86_64__)
+    if (isa >= kAvx512) return {avx512_norm, avx512_activate};
+    if (isa >= kAvx2) return {avx2_norm, avx2_activate};
+#endif
+    (void)isa;
+    return {portable_norm, portable_activate};
+}
+
+PointwiseTable pointwise = {portable_norm, portable_activate};
 AttentionTable attention = {portable_attend, portable_append};
-KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_rotate};
+KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate};
 
 int64_t blocks_of(const Output* outputs, int count) {
     int64_t blocks = 0;
@@ -80,6 +93,7 @@ int lowbit_select(int isa) {
     if (isa < kPortable || isa > kAmx || !has((Isa)isa)) return -1;
     table = table_of((Isa)isa);
     attention = attention_of((Isa)isa);
+    pointwise = pointwise_of((Isa)isa);
     return 0;
 }
 
@@ -138,6 +152,13 @@ void lowbit_rotate(const void* x, int dtype, void* y, int64_t m, int64_t k, int6
     table.rotate({x, y, m, k, size, scale, (DType)dtype});
 }
 
+// group: 32 with E8M0 scales (mxfp4), 16 with E4M3 (nvfp4); row_scale null for ones.
+void lowbit_fp4_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
+                      const void* scale, int group, const void* row_scale) {
+    table.fp4({x, (const uint8_t*)codes, scale, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count),
+               group, (DType)dtype, false, 4, group == 32});
+}
+
 // The same for one layer: y [M, N], bias [N] of bias_dtype or null.
 void lowbit_a8w4(const void* x, int dtype, void* y, int64_t m, int64_t n, int64_t k, const void* codes, const void* scale,
                  int64_t group, const void* row_scale, const void* bias, int bias_dtype) {
@@ -172,6 +193,17 @@ void lowbit_append(const void* k, const void* v, void* k_cache, void* v_cache, v
     const int64_t* s = sizes;
     attention.append({k, v, k_cache, v_cache, (float*)k_scale, (float*)v_scale, (const float*)k_channel, {s[5], s[6], s[7]},
                       {s[8], s[9], s[10]}, s[0], s[1], s[2], s[3], s[4], start, (DType)dtype});
+}
+
+// y = norm(x) of each row [K] of x [M, K]; bias may be null. centered: layer norm, else root mean square norm.
+void lowbit_norm(const void* x, const void* weight, const void* bias, void* y, int64_t m, int64_t k, float eps, int centered,
+                 int dtype) {
+    pointwise.norm({x, weight, bias, y, m, k, eps, centered != 0, (DType)dtype});
+}
+
+// y = f(x), or f(x) * by; kind 0: silu, 1: gelu.
+void lowbit_activate(const void* x, const void* by, void* y, int64_t count, int kind, int dtype) {
+    pointwise.activate({x, by, y, count, (ActivationKind)kind, (DType)dtype});
 }
 }
 #pragma GCC visibility pop

@@ -21,9 +21,10 @@ struct Output {
 struct Problem {
     const void* x;           // [M, K] of dtype
     const uint8_t* codes;    // see kernels/cpu/layout.py
-    const void* scale;       // a8w4: uint8 [N/32, K/G, 2, 32] (s2, then o as int8); weight only: float16 or float32 [N/32, K/G, 32]
+    const void* scale;       // a8w4: uint8 [N/32, K/G, 2, 32] (s2, then o as int8); weight only: float16 or float32 [N/32, K/G, 32];
+                             // fp4: uint8 [N/32, K/G, 32]
     const uint8_t* zero;     // weight only: uint8 [N/32, K/G, 32], null when symmetric
-    const float* row_scale;  // a8w4, w8a8: [N], where every layer but the last fills whole blocks
+    const float* row_scale;  // a8w4, w8a8, nvfp4: [N], where every layer but the last fills whole blocks
     const Output* outputs;   // [layers]
     int64_t m, k;
     int64_t blocks;          // of all layers
@@ -31,6 +32,7 @@ struct Problem {
     DType dtype;
     bool scale_is_f32;       // weight only
     int bits;                // weight only: 2, 3, 4 or 8
+    bool scale_is_e8m0 = false;  // fp4: the block scale is 2^(byte - 127), else E4M3
 };
 
 struct Rotation {
@@ -45,6 +47,7 @@ struct KernelTable {
     void (*a8w4)(const Problem&);
     void (*w8a8)(const Problem&);
     void (*weight_only)(const Problem&);
+    void (*fp4)(const Problem&);
     void (*rotate)(const Rotation&);
 };
 
@@ -52,18 +55,23 @@ struct KernelTable {
 void portable_a8w4(const Problem&);
 void portable_w8a8(const Problem&);
 void portable_weight_only(const Problem&);
+void portable_fp4(const Problem&);
 void portable_rotate(const Rotation&);
 #if defined(__x86_64__)
 void avx2_a8w4(const Problem&);
 void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
+void avx2_fp4(const Problem&);
 void avx2_rotate(const Rotation&);
 void avx512_a8w4(const Problem&);
 void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
+void avx512_fp4(const Problem&);
 void avx512_rotate(const Rotation&);
 void avx512bf16_weight_only(const Problem&);
+void avx512bf16_fp4(const Problem&);
 void amx_a8w4(const Problem&);
 void amx_w8a8(const Problem&);
 void amx_weight_only(const Problem&);
+void amx_fp4(const Problem&);
 #endif

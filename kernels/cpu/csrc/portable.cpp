@@ -1,5 +1,6 @@
 // The three kernels in plain C++ for any processor: codes of eight k are spread out to [8, 32 rows], then every loop
 // runs over rows with a constant bound, which compilers vectorize for whatever they target.
+#include "fp4.h"
 #include "weights.h"
 #include "rotation.h"
 
@@ -102,8 +103,40 @@ struct WeightOnly : FloatPanels<BITS> {
     }
 };
 
+struct Fp4 : FloatPanels<4> {
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
+
+    template <int MT, int B>
+    static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
+        const int64_t groups = p.k / p.group;
+        const uint8_t* w = p.codes + block * p.k * 16;
+        const uint8_t* scale = (const uint8_t*)p.scale + block * groups * kRows;
+        const float* x = (const float*)panel.data;
+        for (int i = 0; i < MT * kRows; i++) out[i] = 0;
+        for (int64_t g = 0; g < groups; g++, scale += kRows) {
+            float part[MT][kRows] = {};
+            for (int64_t i = 0; i < p.group / 8; i++, w += 128, x += 8 * MT) {
+                uint32_t word[kRows];
+                memcpy(word, w, sizeof word);
+                for (int k = 0; k < 8; k++) {
+                    float value[kRows];
+                    for (int r = 0; r < kRows; r++) value[r] = kE2M1[word[r] >> Stored<4>::shift(k) & 15];
+                    for (int t = 0; t < MT; t++)
+                        for (int r = 0; r < kRows; r++) part[t][r] += value[r] * x[k * MT + t];
+                }
+            }
+            float step[kRows];
+            for (int r = 0; r < kRows; r++) step[r] = block_scale(p, scale[r]);
+            for (int t = 0; t < MT; t++)
+                for (int r = 0; r < kRows; r++) out[t * kRows + r] += step[r] * part[t][r];
+        }
+    }
+};
+
 }  // namespace
 
+void portable_fp4(const Problem& p) { run<Fp4>(p); }
 void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
 void portable_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }

@@ -1,0 +1,93 @@
+"""Grids that weights are rounded to: level times step, the step shared by a group of G channels along K.
+
+    q[n, k] = step[n, k // G] * level        level: the integers -zero .. levels - 1 - zero, or the values of E2M1
+
+Rounding methods (`rounding.py`) work on levels and know nothing else about a grid.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quant.kernels.formats.fp4_block import decode_e2m1, encode_e2m1, round_e2m1
+
+Nearest = Callable[[Tensor, int], Tensor]  # weights [N] of channel j in units of its step, overwritten -> their levels
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """step: float32 [N, K // G], positive."""
+
+    step: Tensor
+
+    @abstractmethod
+    def nearest(self, order: Tensor) -> Nearest:
+        """The rounding rule of channels in the given order: j counts along `order`, int64 [K]."""
+
+    @abstractmethod
+    def levels(self, codes: Tensor) -> Tensor:
+        """uint8 codes [N, K] -> levels, float32 [N, K]."""
+
+    @abstractmethod
+    def codes(self, levels: Tensor) -> Tensor:
+        """Inverse of `levels`."""
+
+    def steps(self, order: Tensor) -> Tensor:
+        """The step of each channel in the given order: [K, N]."""
+        return self._by_channel(self.step, order)
+
+    def rows(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        return replace(self, step=self.step[rows])
+
+    def _by_channel(self, values: Tensor, order: Tensor) -> Tensor:
+        """[N, K // G] -> [K, N]: channels as rows, so that each visit reads contiguous memory."""
+        return values.T[order // (len(order) // values.shape[1])].contiguous()
+
+
+@dataclass(frozen=True)
+class Affine(Grid):
+    """Equally spaced levels. zero: [N, K // G], the code of level 0. count: number of levels."""
+
+    zero: Tensor
+    count: int
+
+    def nearest(self, order: Tensor) -> Nearest:
+        zero, top = self._by_channel(self.zero, order), self.count - 1
+
+        def nearest(u: Tensor, j: int) -> Tensor:
+            z = zero[j]
+            return u.round_().add_(z).clamp_(0, top).sub_(z)
+
+        return nearest
+
+    def levels(self, codes: Tensor) -> Tensor:
+        return codes.float() - self._per_weight(codes)
+
+    def codes(self, levels: Tensor) -> Tensor:
+        return (levels + self._per_weight(levels)).to(torch.uint8)
+
+    def rows(self, rows: slice) -> Affine:
+        return replace(self, step=self.step[rows], zero=self.zero[rows])
+
+    def _per_weight(self, like: Tensor) -> Tensor:
+        return self.zero.repeat_interleave(like.shape[1] // self.zero.shape[1], 1)
+
+
+@dataclass(frozen=True)
+class E2M1(Grid):
+    """The values of 4-bit floats: 0, .5, 1, 1.5, 2, 3, 4, 6 of either sign."""
+
+    def nearest(self, order: Tensor) -> Nearest:
+        return lambda u, j: round_e2m1(u)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        return decode_e2m1(codes)
+
+    def codes(self, levels: Tensor) -> Tensor:
+        return encode_e2m1(levels)
