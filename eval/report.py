@@ -119,9 +119,9 @@ def show_speed(result: SpeedResult, console: Console | None = None) -> None:
     sizes = {name: read for name, read in sizes.items() if read(result.model) is not None}
     wer = ["WER"] if any(side.wer is not None for side in sides) else []
     metrics = list(result.model.metrics)
-    table = table_of("", *(METRICS[name] for name in metrics), *wer, *sizes)
+    table = table_of("", *(METRICS[name] for name in metrics), "load to first token, s", *wer, *sizes)
     for side in sides:
-        cells = [pm(side.wer, None, ".2%")] * len(wer)
+        cells = ["" if side.cold_s is None else f"{side.cold_s:.2f}", *[pm(side.wer, None, ".2%")] * len(wer)]
         cells += ["" if (size := read(side)) is None else _mb(size) for read in sizes.values()]
         table.add_row(side.name, *(_spread(side.metrics.get(name)) for name in metrics), *cells)
         if side.ratios is not None:

@@ -57,6 +57,7 @@ class Side:
     numbers: str  # the number types it computes with
     weight_bytes: int
     load_s: float
+    cold_s: float | None  # from the call that loads to the first token of the first turn, libraries imported before
     bare_rss_bytes: int  # interpreter and libraries, before the model
     loaded_rss_bytes: int
     peak_rss_bytes: int
@@ -162,6 +163,7 @@ def take_turns(
 def summary(side: Contender, worker: Worker, first: Worker, work: Workload, folder: Path) -> Side:
     """Everything measured of one side, with ratios to the `first` of what both measure."""
     names = worker.repeats[0]
+    waited = worker.coldest.get("first_token_ms")
     pairs = list(zip(first.repeats, worker.repeats, strict=True))
     ratios = {name: Spread.of([mine[name] / its[name] for mine, its in pairs]) for name in names if name in first.repeats[0]}
     return Side(
@@ -170,6 +172,7 @@ def summary(side: Contender, worker: Worker, first: Worker, work: Workload, fold
         numbers=side.numbers,
         weight_bytes=side.weight_bytes,
         load_s=worker.loaded["load_s"],
+        cold_s=None if waited is None else worker.loaded["load_s"] + waited / 1e3,
         bare_rss_bytes=worker.loaded["bare_rss_bytes"],
         loaded_rss_bytes=worker.loaded["loaded_rss_bytes"],
         peak_rss_bytes=worker.last["peak_rss_bytes"],

@@ -193,6 +193,7 @@ class Worker:
         with suppress(OSError):
             self._pipe.send(work)
         self.repeats: list[dict[str, float]] = []
+        self.coldest: dict[str, float] = {}  # what the first turn measured, a warm-up or not
         self.loaded = self._receive()
         self.last: dict[str, Any] = {}
 
@@ -211,6 +212,7 @@ class Worker:
         time.sleep(PAUSE_S)
         self._pipe.send("run")
         self.last = self._receive()
+        self.coldest = self.coldest or self.last["repeat"].metrics
         if keep:
             self.repeats.append(self.last["repeat"].metrics)
 

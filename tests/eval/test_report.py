@@ -80,6 +80,7 @@ def test_speed_table_and_spread():
         numbers="bfloat16",
         weight_bytes=10**6,
         load_s=1.0,
+        cold_s=1.25,
         bare_rss_bytes=10**8,
         loaded_rss_bytes=2 * 10**8,
         peak_rss_bytes=3 * 10**8,
@@ -101,6 +102,7 @@ def test_speed_table_and_spread():
     shown = rendered(report.show_speed, result)
     for part in (
         "30 [30, 30]",
+        "1.25",
         "1.5 [1.5, 1.5]",
         "300.0 MB",
         "500.0 MB",

@@ -68,6 +68,7 @@ def test_a_failing_rival_does_not_end_the_comparison(llama, monkeypatch):
                 raise ValueError("cannot load")
             self.name, self.repeats, self.turns = name, [], 0
             self.loaded = {"load_s": 0.0, "bare_rss_bytes": 1, "loaded_rss_bytes": 2}
+            self.coldest = {}
             self.last = {"peak_rss_bytes": 3, "device_bytes": None, "repeat": Repeat(metrics={})}
 
         def repeat(self, *, keep):

@@ -32,6 +32,7 @@ def test_turns_alternate_and_warm_up_is_dropped(folder, monkeypatch):
         def __init__(self, name, *rest):
             self.name, self.repeats = name, []
             self.loaded = {"load_s": 0.0, "bare_rss_bytes": 1, "loaded_rss_bytes": 2}
+            self.coldest = {}
             self.last = {"peak_rss_bytes": 3, "device_bytes": None, "repeat": Repeat(metrics={})}
 
         def repeat(self, *, keep):
@@ -57,6 +58,7 @@ def test_two_processes(folder):
     for side in (result.model, *result.others):
         assert 0 < side.bare_rss_bytes < side.loaded_rss_bytes <= side.peak_rss_bytes
         assert side.metrics["decode_tokens_per_s"].median > 0
+        assert side.load_s < side.cold_s < side.load_s + 60
     assert set(result.others[0].ratios) == {"prefill_tokens_per_s", "first_token_ms", "decode_tokens_per_s"}
 
 
