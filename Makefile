@@ -20,7 +20,7 @@ $(VENV)/ready: setup.py pyproject.toml
 
 demo: setup
 	rm -rf $(OUT)
-	$(VENV)/bin/quantize --recipe dgq demo:smollm2-135m --set head=8 -o $(OUT)
+	$(VENV)/bin/quantize --recipe dgq demo:smollm2-135m -o $(OUT)
 	$(VENV)/bin/quantize eval $(OUT) --length 512 --limit 12 --dtype bfloat16
 	$(VENV)/bin/quantize bench $(OUT) --repeats 4
 	$(VENV)/bin/quantize run $(OUT) "$(PROMPT)"
