@@ -32,12 +32,14 @@ from torch import Tensor
 from quant.eval.rivals import ggml
 from quant.kernels import dispatch
 from quant.kernels.activation import Activation
+from quant.kernels.activations.fp_shift import FpShift
 from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
@@ -57,8 +59,8 @@ def group_of(k: int) -> int:
 
 
 def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
-    """A valid random [n, k] weight in `fmt` (int4_dual, int_group or fp4_block)."""
-    if isinstance(fmt, Fp4Block):
+    """A valid random [n, k] weight in `fmt` (int4_dual, int_group, fp4_block or fp_channel)."""
+    if isinstance(fmt, Fp4Block | FpChannel):
         return fmt.pack(fmt.nearest(torch.randn(n, k)))
     if isinstance(fmt, Int4Dual):
         groups = k // fmt.group
@@ -93,6 +95,8 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
         *((IntGroup(bits=bits, group=group, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
         *((Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")),
+        (FpChannel(group=group), Unquantized()),
+        (FpChannel(group=group), FpShift(bits=8, dynamic=True)),
     ]
     out = {}
     for fmt, activation in problems:
@@ -100,7 +104,7 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         kernel, refusals = dispatch.choose(spec)
         if kernel.name == "reference":
             raise ValueError(f"there is no C++ kernel to measure for {fmt.name}: {refusals}")
-        prepared = kernel.prepare(random_fields(fmt, n, k), spec)
+        prepared = kernel.prepare(random_fields(fmt, n, k) | activation.fit(x.float(), x.float().abs().amax(0)), spec)
         weights = [placed(kernel, copy) for copy in copies_of(prepared, cold=m <= COLD_TOKENS)]
 
         def call(*prepared: Tensor, kernel: dispatch.Kernel = kernel, spec: MatmulSpec = spec) -> Tensor:
@@ -116,6 +120,8 @@ def label(fmt: Format, activation: Activation) -> str:
         return "A8W4"
     if isinstance(fmt, Fp4Block):
         return f"{fmt.kind}A16"
+    if isinstance(fmt, FpChannel):
+        return f"FP{fmt.bits}A{16 if activation.name == 'none' else 8}"
     assert isinstance(fmt, IntGroup)
     return f"W{fmt.bits}A{16 if activation.name == 'none' else 8}"
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, dtype
 
 Fields = dict[str, Tensor]
@@ -114,6 +115,12 @@ def check_fields(owner: str, wanted: Mapping[str, Field], given: Mapping[str, Te
             )
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{name} holds a NaN or an infinity; the checkpoint is damaged, quantize again")
+
+
+def storable(step: Tensor, kind: dtype) -> Tensor:
+    """Steps as they will be read back from `kind`: float32, rounded to it, never 0, and 1 where the given one is 0."""
+    tiny = torch.finfo(kind).smallest_normal
+    return torch.where(step != 0, step.abs().clamp_min(tiny).copysign(step), 1.0).to(kind).float()
 
 
 FORMATS: dict[str, type[Format]] = {}

@@ -193,8 +193,7 @@ def quantize_members(
         if isinstance(step, Corrector):
             aim = step.correct(aim, stats)
     (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
-    codes = quantizer.quantize(aim, stats, fmt)
-    inputs = activation.fit(torch.cat(stats.rows), stats.absmax) if stats.data else {}
+    codes, inputs = quantizer.decide(aim, stats, fmt, activation)
     if inputs.keys() != activation.fields(members[0].k).keys():
         raise ValueError(
             f"{members[0].name} saw {stats.tokens} calibration tokens, too few for activation {activation}; "

@@ -1,6 +1,6 @@
 """Grids that weights are rounded to: level times step, the step shared by a group of G channels along K.
 
-    q[n, k] = step[n, k // G] * level        level: the integers -zero .. levels - 1 - zero, or the values of E2M1
+    q[n, k] = step[n, k // G] * level        level: the integers -zero .. levels - 1 - zero, or the values of a small float
 
 Rounding methods (`rounding.py`) work on levels and know nothing else about a grid.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quant.kernels.formats.fp4_block import decode_e2m1, encode_e2m1, round_e2m1
+from quant.kernels.minifloat import Minifloat
 
 Nearest = Callable[[Tensor, int], Tensor]  # weights [N] of channel j in units of its step, overwritten -> their levels
 
@@ -80,14 +80,16 @@ class Affine(Grid):
 
 
 @dataclass(frozen=True)
-class E2M1(Grid):
-    """The values of 4-bit floats: 0, .5, 1, 1.5, 2, 3, 4, 6 of either sign."""
+class FloatGrid(Grid):
+    """The values of 4- or 8-bit floats, E2M1 for instance, of either sign."""
+
+    kind: Minifloat
 
     def nearest(self, order: Tensor) -> Nearest:
-        return lambda u, j: round_e2m1(u)
+        return lambda u, j: self.kind.round(u)
 
     def levels(self, codes: Tensor) -> Tensor:
-        return decode_e2m1(codes)
+        return self.kind.decode(codes)
 
     def codes(self, levels: Tensor) -> Tensor:
-        return encode_e2m1(levels)
+        return self.kind.encode(levels)

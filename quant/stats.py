@@ -75,6 +75,17 @@ class InputStats:
         """Per channel, over all samples: [K]."""
         return torch.stack(self.sample_absmax).amax(0)
 
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """The kept tokens [T, K] and how many tokens each stands for [T].
+
+        The first token of a sequence stands for itself alone: in most language models it is hundreds of times larger than
+        all others.
+        """
+        length = self.tokens / len(self.rows)
+        counts = [[1.0] + [max(length - 1, 1.0) / max(len(x) - 1, 1)] * (len(x) - 1) for x in self.rows]
+        rows = torch.cat(self.rows)
+        return rows, torch.tensor([c for count in counts for c in count], device=rows.device)
+
     def channel_quantile(self, q: float) -> Tensor:
         """Per channel, the q-quantile over samples of the sample's absmax: [K]. q = 0 is DGQ's minimum over samples."""
         return torch.stack(self.sample_absmax).quantile(q, dim=0)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quant.kernels.activation import Activation, register
-from quant.kernels.formats.fp4_block import BIAS, BLOCKS, e8m0_value, even_exponent, round_e2m1
+from quant.kernels.formats.fp4_block import BIAS, BLOCKS, e8m0_value, even_exponent
+from quant.kernels.minifloat import E2M1
 
 BLOCK = BLOCKS["mxfp4"]
 
@@ -30,4 +31,4 @@ class MxFp4(Activation):
     def quantize(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
         step = e8m0_value((even_exponent(blocks.abs().amax(-1, keepdim=True)) + BIAS).to(torch.uint8))
-        return (round_e2m1(blocks / step) * step).view(x.shape)
+        return (E2M1.round(blocks / step) * step).view(x.shape)

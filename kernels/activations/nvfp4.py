@@ -17,7 +17,8 @@ from torch import Tensor
 
 from quant.kernels.activation import Activation, register
 from quant.kernels.format import Field, Fields
-from quant.kernels.formats.fp4_block import BLOCKS, LARGEST, LARGEST_SCALE, power_divisor, round_e2m1
+from quant.kernels.formats.fp4_block import BLOCKS, LARGEST_SCALE, power_divisor
+from quant.kernels.minifloat import E2M1
 
 BLOCK = BLOCKS["nvfp4"]
 SMALLEST_SCALE = 2.0**-9  # of E4M3, subnormals included: only to never divide by zero
@@ -49,7 +50,7 @@ class NvFp4(Activation):
     def multiples(self, x: Tensor, divisor: Tensor) -> Tensor:
         """D times the quantized tokens, float32 [..., K]: e2m1 * S, six significant bits, exact in bfloat16."""
         blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK) * divisor
-        top = blocks.abs().amax(-1, keepdim=True) / LARGEST
+        top = blocks.abs().amax(-1, keepdim=True) / E2M1.largest
         seen = self.under(blocks, top)
         if self.four_six:
             other = self.under(blocks, 1.5 * top)
@@ -61,4 +62,4 @@ class NvFp4(Activation):
     def under(blocks: Tensor, scale: Tensor) -> Tensor:
         """Blocks [..., 16] rounded under scales [..., 1] that are rounded to E4M3 first."""
         stored = scale.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn).float()
-        return round_e2m1(blocks / stored) * stored
+        return E2M1.round(blocks / stored) * stored

@@ -150,7 +150,7 @@ def _rows(units: Tensor, width: int) -> Tensor:
 class BlockKernel(Kernel):
     """A kernel whose prepared tensors are blocks along their first dimension, or one float per row."""
 
-    def join(self, prepared: Sequence[Prepared]) -> tuple[Prepared, list[Prepared]]:
+    def join(self, prepared: Sequence[Prepared]) -> tuple[Prepared, list[Prepared]] | None:
         together, parts = [], []
         for pieces in zip(*prepared, strict=True):
             rows = pieces[0].dim() == 1  # a layer's rows begin at a whole block

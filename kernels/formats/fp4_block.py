@@ -19,36 +19,13 @@ from torch import Tensor
 
 from quant.kernels.format import Codes, Field, Fields, Format, register
 from quant.kernels.formats.int_group import pack_bits, unpack_bits
+from quant.kernels.minifloat import E2M1
 
 BLOCKS = {"mxfp4": 32, "nvfp4": 16}
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-LARGEST = 6.0
 LARGEST_SCALE = 448.0  # of E4M3
 SMALLEST_SCALE = 2.0**-6  # E4M3's smallest normal: below it readers such as Marlin lose bits
 HEADROOM = 256.0  # 1.5 times it still fits E4M3, which four-over-six needs
 BIAS = 127  # of E8M0
-HALF_STEPS = 1.5 * 2**22  # added to a number of the first binade it leaves one mantissa bit, rounded half to even
-# 2 |q| -> code of the magnitude |q|
-CODE_OF = torch.tensor([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], dtype=torch.uint8)
-
-
-def round_e2m1(x: Tensor) -> Tensor:
-    """The nearest E2M1 value of each float32 of x; ties go to the even code, 6 is the most. -0 for small negatives."""
-    binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min_(1.0)  # 2^floor(log2 |x|), at least 1
-    shift = binade.mul_(HALF_STEPS).copysign_(x)
-    return (x + shift).sub_(shift).copysign_(x).clamp_(-LARGEST, LARGEST)
-
-
-def encode_e2m1(values: Tensor) -> Tensor:
-    """E2M1 values -> their codes, uint8; the sign of a zero is kept."""
-    codes = CODE_OF.to(values.device)[(values.abs() * 2).to(torch.int32)]
-    return codes | values.signbit().to(torch.uint8) << 3
-
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """uint8 codes -> E2M1 values, float32."""
-    table = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], device=codes.device)
-    return table[codes.to(torch.int32)]
 
 
 def e8m0_value(u: Tensor) -> Tensor:
@@ -64,7 +41,7 @@ def even_exponent(absmax: Tensor) -> Tensor:
 
 def divisor_of(absmax: Tensor) -> Tensor:
     """D [1] that takes a weight of that absmax to the end of both ranges: 448 * 6 / absmax; 1 where that is not finite."""
-    divisor = LARGEST_SCALE * LARGEST / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    divisor = LARGEST_SCALE * E2M1.largest / absmax.clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(divisor.isfinite(), divisor, 1.0).view(1)
 
 
@@ -73,7 +50,7 @@ def power_divisor(absmax: Tensor) -> Tensor:
 
     1 where that is not finite.
     """
-    divisor = 2.0 ** torch.floor(torch.log2(HEADROOM * LARGEST / absmax.clamp_min(torch.finfo(torch.float32).tiny)))
+    divisor = 2.0 ** torch.floor(torch.log2(HEADROOM * E2M1.largest / absmax.clamp_min(torch.finfo(torch.float32).tiny)))
     return torch.where(divisor.isfinite(), divisor, 1.0).view(1)
 
 
@@ -121,7 +98,7 @@ class Fp4Block(Format):
 
     def dequantize(self, codes: Codes) -> Tensor:
         n, k = codes.codes.shape
-        grouped = decode_e2m1(codes.codes).view(n, -1, self.group)
+        grouped = E2M1.decode(codes.codes).view(n, -1, self.group)
         return grouped.mul_(self.steps(codes.params).unsqueeze(-1)).view(n, k)
 
     def nearest(self, weight: Tensor) -> Codes:
@@ -130,13 +107,13 @@ class Fp4Block(Format):
         if self.kind == "mxfp4":
             return self.encode(weight, {"weight_scale": (even_exponent(absmax) + BIAS).to(torch.uint8)})
         divisor = divisor_of(absmax.amax())
-        scale = (absmax / LARGEST * divisor).clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)
+        scale = (absmax / E2M1.largest * divisor).clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)
         return self.encode(weight, {"weight_scale": scale, "weight_global_scale": divisor})
 
     def encode(self, weight: Tensor, params: Mapping[str, Tensor]) -> Codes:
         """Round a float32 [N, K] weight to the nearest codes under given scales. A small negative is code 8, -0 is code 0."""
         grouped = (weight + 0.0).view(weight.shape[0], -1, self.group) / self.steps(params).unsqueeze(-1)
-        return Codes(encode_e2m1(round_e2m1(grouped)).view(weight.shape), params)
+        return Codes(E2M1.encode(E2M1.round(grouped)).view(weight.shape), params)
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         super().check(fields, n, k)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.kernels.format import Codes, Field, Fields, Format, register
+from quant.kernels.format import Codes, Field, Fields, Format, register, storable
 
 BITS = (2, 3, 4, 8)
 
@@ -115,8 +115,7 @@ class IntGroup(Format):
 
     def storable(self, step: Tensor) -> Tensor:
         """A step as it will be read back: rounded to `scale_dtype`, never 0, and 1 where the group is all zero."""
-        tiny = torch.finfo(self.scale_dtype).smallest_normal
-        return torch.where(step != 0, step.abs().clamp_min(tiny).copysign(step), 1.0).to(self.scale_dtype).float()
+        return storable(step, self.scale_dtype)
 
     def params(self, step: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """The stored tensors for a grid of steps and zero points [N, K // G]."""

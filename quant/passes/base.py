@@ -18,7 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from quant.kernels.format import Codes, Format
+from quant.kernels.activation import Activation
+from quant.kernels.format import Codes, Fields, Format
 from quant.rounding import descend, gptq_codes
 from quant.search import shrunk
 from quant.stats import InputStats
@@ -60,6 +61,14 @@ class Quantizer(BasePass, ABC):
     @abstractmethod
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         """weight float32 [N, K] -> Codes of `fmt`."""
+
+    def decide(self, weight: Tensor, stats: InputStats, fmt: Format, activation: Activation) -> tuple[Codes, Fields]:
+        """Codes, and the tensors that the activation rule stores, none without data.
+
+        A method that chooses the two together overrides this.
+        """
+        codes = self.quantize(weight, stats, fmt)
+        return codes, activation.fit(torch.cat(stats.rows), stats.absmax) if stats.data else {}
 
 
 class Choice(NamedTuple):

@@ -25,18 +25,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quant.grid import E2M1
+from quant.grid import FloatGrid
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.fp4_block import (
     BIAS,
-    LARGEST,
     LARGEST_SCALE,
     SMALLEST_SCALE,
     Fp4Block,
     even_exponent,
     power_divisor,
-    round_e2m1,
 )
+from quant.kernels.minifloat import E2M1
 from quant.passes.base import GridRounder
 from quant.rounding import coordinate_descent, gptq
 from quant.search import block_loss, by_rows, gram_blocks
@@ -67,7 +66,7 @@ class Pass(GridRounder):
         params = {"weight_scale": scale, **whole}
         if self.round == "nearest":
             return fmt.encode(weight, params)
-        grid = E2M1(fmt.steps(params))
+        grid = FloatGrid(fmt.steps(params), E2M1)
         codes = gptq(weight, gram, grid, act_order=self.act_order, damp=self.damp)
         return Codes(coordinate_descent(weight, gram, codes, grid, self.sweeps), params)
 
@@ -83,7 +82,7 @@ def search_scale(fmt: Fp4Block, weight: Tensor, blocks: Tensor, whole: dict[str,
     best, least = None, torch.full_like(absmax, torch.inf)
     for scale in tried:
         step = fmt.steps({"weight_scale": scale, **whole}).unsqueeze(-1)
-        loss = block_loss(w - round_e2m1(w / step) * step, blocks)
+        loss = block_loss(w - E2M1.round(w / step) * step, blocks)
         better = loss < least
         least = torch.where(better, loss, least)
         best = scale if best is None else torch.where(better, scale.view(torch.uint8), best.view(torch.uint8)).view(scale.dtype)
@@ -97,7 +96,7 @@ def mx_candidates(absmax: Tensor, how: Search) -> Iterator[Tensor]:
     if how == "floor":
         exponents = [(bits >> 23) - BIAS - 2]
     elif how == "rceil":
-        sixth = (absmax / LARGEST).view(torch.int32)
+        sixth = (absmax / E2M1.largest).view(torch.int32)
         exponents = [(sixth + 0x7FFFFF >> 23) - BIAS]
     else:
         exponents = [even_exponent(absmax) + move for move in ((0, -1, 1, -2) if how == "sweep" else (0,))]
@@ -107,7 +106,7 @@ def mx_candidates(absmax: Tensor, how: Search) -> Iterator[Tensor]:
 
 def nv_candidates(absmax: Tensor, divisor: Tensor, how: Search) -> Iterator[Tensor]:
     """E4M3 scales of a block's absmax a under a divisor; positive codes of E4M3 are ordered as integers."""
-    base = absmax / LARGEST * divisor
+    base = absmax / E2M1.largest * divisor
     factors = {"four_six": (1.0, 1.5), "shrink": tuple(1 - i / 100 for i in range(20))}.get(how, (1.0,))
     stored = [(base * factor).clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn) for factor in factors]
     yield from stored

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from quant.kernels.format import Codes
 from quant.kernels.formats.fp4_block import (
-    MAGNITUDES,
     Fp4Block,
-    decode_e2m1,
     e8m0_value,
-    encode_e2m1,
     even_exponent,
     power_divisor,
-    round_e2m1,
 )
+from quant.kernels.minifloat import E2M1
 
 KINDS = ("mxfp4", "nvfp4")
 FIRST = [0.5, -6.0, 1.75, 0.25, -0.2, 5.0, 3.5, 2.5, 0.0, -1.25, 0.75, -0.75, 4.9, -3.4, 6.0, -0.0]
@@ -51,13 +48,13 @@ def test_bytes_are_those_of_compressed_tensors() -> None:
 
 def test_the_sixteen_values_and_their_nibbles() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
-    values = decode_e2m1(codes)
+    values = E2M1.decode(codes)
     by_bits = []
     for sign, exponent, mantissa in itertools.product((1, -1), range(4), (0, 1)):
         by_bits.append(sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1)))
     assert values.tolist() == by_bits
     assert values[8].signbit()
-    assert torch.equal(encode_e2m1(values), codes)
+    assert torch.equal(E2M1.encode(values), codes)
     params = {"weight_scale": torch.full((1, 1), 127, dtype=torch.uint8)}
     packed = Fp4Block(kind="mxfp4").pack(Codes(torch.tensor([[1, 15] + [0] * 30], dtype=torch.uint8), params))
     assert packed["weight_packed"][0, 0] == 0xF1  # even column in the low nibble
@@ -65,15 +62,15 @@ def test_the_sixteen_values_and_their_nibbles() -> None:
 
 def test_rounding_is_to_the_nearest_and_ties_go_to_the_even_code() -> None:
     x = torch.cat((torch.linspace(-8, 8, 6401), torch.tensor([1e-30, -1e-30, 1e30, -1e30, 0.0])))
-    given = round_e2m1(x)
-    table = torch.tensor(MAGNITUDES).double()
+    given = E2M1.round(x)
+    table = E2M1.magnitudes.double()
     gap = (x.abs().double().unsqueeze(1) - table).abs()
     assert torch.equal((x - given).abs().double()[x.abs() <= 6], gap.amin(1)[x.abs() <= 6])
     assert (given.abs()[x.abs() > 6] == 6).all()
     assert torch.equal(given.signbit(), x.signbit())
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    assert round_e2m1(ties).tolist() == [0, 1, 1, 2, 2, 4, 4]
-    assert round_e2m1(-ties).tolist() == [0, -1, -1, -2, -2, -4, -4]
+    assert E2M1.round(ties).tolist() == [0, 1, 1, 2, 2, 4, 4]
+    assert E2M1.round(-ties).tolist() == [0, -1, -1, -2, -2, -4, -4]
 
 
 def test_powers_of_two_are_exact() -> None:
@@ -99,7 +96,7 @@ def test_rounding_a_decoded_weight_under_its_own_scales_changes_nothing(kind: st
     fmt = Fp4Block(kind=kind)
     codes = fmt.nearest(normal())
     again = fmt.encode(fmt.dequantize(codes), codes.params)
-    assert torch.equal(decode_e2m1(again.codes), decode_e2m1(codes.codes))  # -0 may have become 0
+    assert torch.equal(E2M1.decode(again.codes), E2M1.decode(codes.codes))  # -0 may have become 0
 
 
 @pytest.mark.parametrize("power", [-9, 1, 20])

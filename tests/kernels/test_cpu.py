@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from quant.kernels.activations.int_token import Int8Token, quantize_token
 from quant.kernels.activations.none import Unquantized
-from quant.kernels.cpu import a8w4, build, fp4, library, memory, w8a8, weight_only
+from quant.kernels.cpu import a8w4, build, fp4, fp_channel, library, memory, w8a8, weight_only
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
@@ -57,6 +58,7 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         "row_scale": torch.rand(N),
     }
     nvfp4 = {"weight_scale": torch.rand(N, K // 16).to(torch.float8_e4m3fn), "weight_global_scale": torch.tensor([700.0])}
+    e3m0 = {"weight_scale": torch.rand(N, K // G).half(), "weight_exponents": torch.tensor([3], dtype=torch.uint8)}
     float_weights = [
         (weight_only.WeightOnly(), IntGroup(bits=bits, group=G, symmetric=False), Unquantized(), 2**bits, grouped(2**bits))
         for bits in (2, 3, 4, 8)
@@ -66,6 +68,7 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), Int8Token(), 256, {"weight_scale": torch.rand(N, 1)}),
         (fp4.Fp4(), Fp4Block(kind="mxfp4"), Unquantized(), 16, {"weight_scale": torch.randint(118, 126, (N, K // 32)).byte()}),
         (fp4.Fp4(), Fp4Block(kind="nvfp4"), Unquantized(), 16, nvfp4),
+        (fp_channel.FpChannelKernel(), FpChannel(group=G), Unquantized(), 16, e3m0),
         *float_weights,
     ]
     out = []
@@ -83,17 +86,24 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
         (_, (codes8, rows8), _),
         _,
         (_, (codes_fp4, scale_fp4, rows_fp4, _), _),
+        (_, (codes_fp, scale_fp, kinds), _),
         *_,
         (_, (codes4, scale, zero), _),
         _,
     ) = problems()
     x, bias = torch.randn(5, K), torch.randn(N)
+    shift = torch.randint(0, 4, (K,), dtype=torch.uint8)
     return [
         (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G)),
         (torch.ops.lowbit.cpu_w8a8, (x, codes8, rows8, None, K)),
         (torch.ops.lowbit.cpu_weight_only, (x.bfloat16(), codes4, scale, zero, bias, N, K, 4, G)),
         (torch.ops.lowbit.cpu_fp4, (x, codes_fp4, scale_fp4, rows_fp4, bias, N, 16)),
         (torch.ops.lowbit.cpu_fp4_multi, (x, codes_fp4, scale_fp4, None, [bias[:64], None], [64, N - 64], 16)),
+        (
+            torch.ops.lowbit.cpu_fp_channel_multi,
+            (x, codes_fp, scale_fp, kinds, torch.rand(5), [bias[:64], None], [64, N - 64], K, G),
+        ),
+        (torch.ops.lowbit.cpu_fp_shift, (x.bfloat16(), torch.rand(1), shift, torch.tensor([2], dtype=torch.uint8), 8, True)),
         (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G)),
         (torch.ops.lowbit.cpu_w8a8_multi, (x, codes8, rows8, [None, bias[64:]], [64, N - 64], K)),
         (torch.ops.lowbit.cpu_weight_only_multi, (x, codes4, scale, zero, [None, None], [32, N - 32], K, 4, G)),

@@ -11,7 +11,8 @@ from torch import Tensor
 from quant.kernels.activation import Activation, from_config
 from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.nvfp4 import NvFp4
-from quant.kernels.formats.fp4_block import Fp4Block, decode_e2m1
+from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.minifloat import E2M1
 
 K = 128
 
@@ -36,7 +37,7 @@ def test_tokens_are_rounded_as_weights_of_that_format_are(activation: Activation
     scale = (x.view(40, -1, 16).abs().amax(-1) / 6 * stored).to(torch.float8_e4m3fn)
     codes = fmt.encode(x, {"weight_scale": scale, "weight_global_scale": stored})
     assert torch.equal(seen(activation, x), fmt.dequantize(codes))
-    assert decode_e2m1(codes.codes).abs().max() == 6
+    assert E2M1.decode(codes.codes).abs().max() == 6
 
 
 def test_the_divisor_is_a_power_of_two_with_headroom() -> None:

@@ -18,8 +18,10 @@ from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.format import Codes, Fields, Format
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.minifloat import EXPONENTS
 
 KERNELS = dispatch.load_all()
 SHAPES = ((33, 96, 48), (200, 160, 32), (64, 576, 96), (7, 64, 16))  # N, K, G
@@ -35,6 +37,9 @@ FORMATS = {
     "w3_row": lambda g: (IntGroup(bits=3, group=-1, symmetric=True), Unquantized()),
     "w4_sym": lambda g: (IntGroup(bits=4, group=g, symmetric=True), Unquantized()),
     "w4_row": lambda g: (IntGroup(bits=4, group=-1, symmetric=False), Unquantized()),
+    "fp4": lambda g: (FpChannel(group=g), Unquantized()),
+    "fp4_row": lambda g: (FpChannel(group=-1), Unquantized()),
+    "fp8": lambda g: (FpChannel(bits=8), Unquantized()),
     "w8_row": lambda g: (IntGroup(bits=8, group=-1, symmetric=False), Unquantized()),
     "mxfp4": lambda g: (Fp4Block(kind="mxfp4"), Unquantized()),
     "nvfp4": lambda g: (Fp4Block(kind="nvfp4"), Unquantized()),
@@ -57,6 +62,11 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
             params = {"weight_scale": torch.randint(1, 0x7F, (n, groups), dtype=torch.uint8).view(torch.float8_e4m3fn)}
             params["weight_global_scale"] = torch.rand(1) * 1000 + 500
         return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
+    if isinstance(fmt, FpChannel):
+        scale = (torch.rand(n, fmt.groups(k)) * 0.1 + 0.01).to(fmt.scale_dtype)
+        exponents = torch.tensor([EXPONENTS[fmt.bits][n % 3]], dtype=torch.uint8)
+        codes = torch.randint(0, 2**fmt.bits, (n, k), dtype=torch.uint8)
+        return Codes(codes, {"weight_scale": scale, "weight_exponents": exponents})
     assert isinstance(fmt, IntGroup)
     top, groups = 2**fmt.bits, fmt.groups(k)
     sign = torch.where(torch.rand(n, groups) < 0.3, -1.0, 1.0)
@@ -190,6 +200,7 @@ def test_cpu_kernels_are_the_ones_chosen() -> None:
     for kind, name in (
         ("int4_dual", "cpu_a8w4"),
         ("w8", "cpu_w8a8"),
+        ("fp4", "cpu_fp_channel"),
         *((f"w{b}_asym", "cpu_weight_only") for b in (2, 3, 4, 8)),
         *((kind, "cpu_fp4") for kind in ("mxfp4", "nvfp4", "mxfp4_w4a4", "nvfp4_w4a4")),
     ):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.grid import E2M1
+from quant.grid import FloatGrid
 from quant.kernels.format import Codes
-from quant.kernels.formats.fp4_block import Fp4Block, decode_e2m1, round_e2m1
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.minifloat import E2M1
 from quant.passes.fp4 import Pass, search_scale
 from quant.rounding import coordinate_descent, gptq
 from quant.search import block_loss, gram_blocks
@@ -113,18 +114,18 @@ def test_rounding_on_the_fp4_grid_is_the_textbook(make_layer: Callable) -> None:
     """One channel after the other on an explicit inverse, in float64."""
     layer, k = make_layer(), 128
     params = dict(NV.nearest(layer.weight).params)
-    grid, gram = E2M1(NV.steps(params)), layer.stats.gram
+    grid, gram = FloatGrid(NV.steps(params), E2M1), layer.stats.gram
     w, h = layer.weight.double().clone(), gram.double()
     inverse = torch.linalg.inv(h + 0.01 * h.diagonal().mean() * torch.eye(k))
     wanted = torch.zeros_like(w)
     for j in sorted(range(k), key=lambda j: -float(gram[j, j])):
         step = grid.step[:, j // 16].double()
-        wanted[:, j] = round_e2m1((w[:, j] / step).float()).double() * step
+        wanted[:, j] = E2M1.round((w[:, j] / step).float()).double() * step
         lost = (w[:, j] - wanted[:, j]) / inverse[j, j]
         w -= lost.unsqueeze(1) * inverse[j]
         inverse = inverse - inverse[:, j : j + 1] * inverse[j] / inverse[j, j]
     codes = gptq(layer.weight, gram, grid)
-    given = decode_e2m1(codes).view(len(w), -1, 16).double() * grid.step.double().unsqueeze(-1)
+    given = E2M1.decode(codes).view(len(w), -1, 16).double() * grid.step.double().unsqueeze(-1)
     assert (given.view(w.shape) == wanted).float().mean() > 0.99
     before = layer.output_error(given.view(w.shape))
     losing = [
@@ -149,4 +150,4 @@ def test_uncorrelated_inputs_leave_round_to_nearest(make_layer: Callable) -> Non
     stats = InputStats(torch.diag(layer.stats.gram.diagonal()))
     for fmt in (NV, MX):
         near, gptq_codes = (Pass(round=r).quantize(layer.weight, stats, fmt) for r in ("nearest", "gptq"))
-        assert torch.equal(decode_e2m1(near.codes), decode_e2m1(gptq_codes.codes))
+        assert torch.equal(E2M1.decode(near.codes), E2M1.decode(gptq_codes.codes))

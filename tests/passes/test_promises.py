@@ -9,6 +9,7 @@ import torch
 
 from quant.kernels.format import Format
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.passes import base
@@ -21,6 +22,9 @@ FORMATS: list[Format] = [
     Int4Dual(group=32),
     Fp4Block(kind="mxfp4"),
     Fp4Block(kind="nvfp4"),
+    FpChannel(),
+    FpChannel(group=32),
+    FpChannel(bits=8),
 ]
 QUANTIZERS = {name: base.find(name) for name in base.names() if issubclass(base.find(name), Quantizer)}
 PAIRS = [(name, fmt) for name, cls in QUANTIZERS.items() for fmt in FORMATS if cls().refuses(fmt) is None]

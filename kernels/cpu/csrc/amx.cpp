@@ -95,7 +95,9 @@ struct TileEngine {
     }
 
     template <int BITS>
-    static void unpack(const uint8_t* w, int64_t units, uint16_t* to) { unpack_bf16<BITS>(w, units, to); }
+    static void unpack(const Problem& p, int64_t block, const uint8_t* w, int64_t units, uint16_t* to) {
+        unpack_bf16<BITS>(p, block, w, units, to);
+    }
 
     static void multiply(const Problem& p, int center, int64_t block, const Panel<float>& panel, const Stretch* list, int count,
                          const uint16_t* slice, float* out) {

@@ -7,6 +7,7 @@
 #include "fp4.h"
 #include "weights.h"
 #include "rotation.h"
+#include "shift.h"
 
 namespace {
 
@@ -103,10 +104,20 @@ struct WeightOnly : FloatPanels<BITS> {
         return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const uint16_t*)p.scale + index)));
     }
 
+    // part += weight times channel k of each token
+    template <int MT>
+    static void add(__m256 (&part)[MT][2], int k, __m256 weight, const float* x) {
+#pragma GCC unroll 4
+        for (int t = 0; t < MT; t++)
+            part[t][k & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][k & 1]);
+    }
+
     template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
         const int64_t groups = p.k / p.group, length = S::length(p);
         const __m256i mask = _mm256_set1_epi32((1 << S::kLow) - 1), center = _mm256_set1_epi32(S::kCenter);
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)quarters(p, block)));
         memset(out, 0, MT * kRows * sizeof(float));
         for (int64_t g = 0; g < groups; g++)
             for (int strip = 0; strip < kStrips; strip++) {
@@ -116,19 +127,25 @@ struct WeightOnly : FloatPanels<BITS> {
                 for (int t = 0; t < MT; t++) part[t][0] = part[t][1] = _mm256_setzero_ps();
                 for (int64_t i = 0; i < length / S::kUnit; i++, w += S::kUnitBytes, x += S::kUnit * MT) {
                     const __m256i word = load(w + 32 * strip);
-                    __m256i tops = _mm256_setzero_si256();
+                    __m256i tops = _mm256_setzero_si256(), low = tops, high = tops;
+                    if (BITS == 4) {  // a byte look-up takes 32 codes at once
+                        low = _mm256_shuffle_epi8(table, _mm256_and_si256(word, nibble));
+                        high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(word, 4), nibble));
+                    }
                     if (BITS == 3) tops = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(w + 128 + 16 * strip)));
 #pragma GCC unroll 16
                     for (int k = 0; k < S::kUnit; k++) {
+                        if (BITS == 4) {
+                            const __m256i left = _mm256_slli_epi32(S::shift(k) % 8 ? high : low, 24 - S::shift(k) / 8 * 8);
+                            add<MT>(part, k, _mm256_cvtepi32_ps(_mm256_srai_epi32(left, 24)), x);
+                            continue;
+                        }
                         __m256i code = _mm256_and_si256(_mm256_srli_epi32(word, S::shift(k)), mask);
                         if (BITS == 3) {
                             const __m256i top = _mm256_and_si256(_mm256_srli_epi32(tops, S::top(k)), _mm256_set1_epi32(1));
                             code = _mm256_or_si256(code, _mm256_slli_epi32(top, 2));
                         }
-                        const __m256 weight = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, center));
-#pragma GCC unroll 4
-                        for (int t = 0; t < MT; t++)
-                            part[t][k & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][k & 1]);
+                        add<MT>(part, k, _mm256_cvtepi32_ps(_mm256_sub_epi32(code, center)), x);
                     }
                 }
                 const int64_t index = (block * groups + g) * kRows + 8 * strip;
@@ -141,33 +158,34 @@ struct WeightOnly : FloatPanels<BITS> {
                 for (int t = 0; t < MT; t++) {
                     float* to = out + t * kRows + 8 * strip;
                     const __m256 sum = _mm256_set1_ps(panel.sums[t * groups + g]);
-                    const __m256 both = _mm256_fnmadd_ps(zero, sum, _mm256_add_ps(part[t][0], part[t][1]));
+                    __m256 both = _mm256_add_ps(part[t][0], part[t][1]);
+                    if (BITS == 4) both = _mm256_mul_ps(both, _mm256_set1_ps(0.25f));
+                    both = _mm256_fnmadd_ps(zero, sum, both);
                     _mm256_store_ps(to, _mm256_fmadd_ps(scale, both, _mm256_load_ps(to)));
                 }
             }
     }
 };
 
-// Twice an E2M1 value is a small integer: a byte look-up does 32 codes at once, and the halves go into the block's scale.
+// Four times an E2M1 value is a small integer: a byte look-up does 32 codes at once, and the quarters go into the block's scale.
 struct Fp4 : FloatPanels<4> {
     static constexpr int kWidth = 0;
     static constexpr bool kPairs = false;
 
-    static __m256 half_scale(const Problem& p, const uint8_t* at) {
+    static __m256 quarter_scale(const Problem& p, const uint8_t* at) {
         const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
         if (p.scale_is_e8m0) {
             const __m256i bits = _mm256_max_epi32(_mm256_slli_epi32(byte, 23), _mm256_set1_epi32(1 << 22));
-            return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0.5f));
+            return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0.25f));
         }
-        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(byte, 20)), _mm256_set1_ps(0x1p119f));
+        return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(byte, 20)), _mm256_set1_ps(0x1p118f));
     }
 
     template <int MT, int B>
     static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
         const int64_t groups = p.k / p.group;
         const __m256i mask = _mm256_set1_epi8(15);
-        const __m256i table = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kE2M1));
         memset(out, 0, MT * kRows * sizeof(float));
         for (int64_t g = 0; g < groups; g++)
             for (int strip = 0; strip < kStrips; strip++) {
@@ -190,7 +208,7 @@ struct Fp4 : FloatPanels<4> {
                             part[t][k & 1] = _mm256_fmadd_ps(weight, _mm256_set1_ps(x[k * MT + t]), part[t][k & 1]);
                     }
                 }
-                const __m256 scale = half_scale(p, (const uint8_t*)p.scale + (block * groups + g) * kRows + 8 * strip);
+                const __m256 scale = quarter_scale(p, (const uint8_t*)p.scale + (block * groups + g) * kRows + 8 * strip);
                 for (int t = 0; t < MT; t++) {
                     float* to = out + t * kRows + 8 * strip;
                     _mm256_store_ps(to, _mm256_fmadd_ps(scale, _mm256_add_ps(part[t][0], part[t][1]), _mm256_load_ps(to)));
@@ -206,3 +224,4 @@ void avx2_a8w4(const Problem& p) { run<A8W4>(p); }
 void avx2_w8a8(const Problem& p) { run<W8A8>(p); }
 void avx2_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }
 void avx2_rotate(const Rotation& r) { rotate_tokens(r); }
+void avx2_shift(const Shift& s) { shift_tokens(s); }

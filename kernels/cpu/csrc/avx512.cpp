@@ -1,6 +1,7 @@
 // Integer kernels for AVX-512 with VNNI; avx512integer.h says how they work.
 #include "avx512integer.h"
 #include "rotation.h"
+#include "shift.h"
 
 namespace {
 
@@ -58,3 +59,4 @@ struct Many : S {
 void avx512_a8w4(const Problem& p) { run<Many<A8W4>>(p); }
 void avx512_w8a8(const Problem& p) { run<Many<W8A8>>(p); }
 void avx512_rotate(const Rotation& r) { rotate_tokens(r); }
+void avx512_shift(const Shift& s) { shift_tokens(s); }

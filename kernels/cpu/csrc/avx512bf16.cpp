@@ -16,7 +16,9 @@ struct Bf16Engine {
     }
 
     template <int BITS>
-    static void unpack(const uint8_t* w, int64_t units, uint16_t* to) { unpack_bf16<BITS>(w, units, to); }
+    static void unpack(const Problem& p, int64_t block, const uint8_t* w, int64_t units, uint16_t* to) {
+        unpack_bf16<BITS>(p, block, w, units, to);
+    }
 
     static __m512 fma(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 

@@ -15,8 +15,8 @@ struct FloatEngine {
     }
 
     template <int BITS>
-    static void unpack(const uint8_t* w, int64_t units, float* to) {
-        const __m512 table = Words<BITS>::table();
+    static void unpack(const Problem& p, int64_t block, const uint8_t* w, int64_t units, float* to) {
+        const __m512 table = Words<BITS>::table(p, block);
         for (int64_t i = 0; i < units; i++, w += Stored<BITS>::kUnitBytes, to += Stored<BITS>::kUnit * kRows)
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {

@@ -18,8 +18,6 @@ inline __m512 load_block_scale(const Problem& p, int64_t index) {
     return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(byte, 20)), _mm512_set1_ps(0x1p120f));
 }
 
-inline __m512 e2m1_table() { return _mm512_loadu_ps(kE2M1); }
-
 // One unit of 16 rows times the scale -> [8, 32] float32, or [4, 32, 2] bfloat16.
 inline void put_scaled(const Words<4>& words, int h, __m512 table, __m512 scale, float* to) {
 #pragma GCC unroll 8
@@ -60,7 +58,7 @@ struct Fp4 : FloatPanels<4> {
         const int64_t groups = p.k / p.group, stride = p.k * 16;
         const uint8_t* w = p.codes + block * stride;
         const float* x = (const float*)panel.data;
-        const __m512 table = e2m1_table();
+        const __m512 table = float_values(kE2M1);
         __m512 acc[B][MT][2];
         for (int b = 0; b < B; b++)
             for (int t = 0; t < MT; t++) acc[b][t][0] = acc[b][t][1] = _mm512_setzero_ps();
@@ -101,7 +99,7 @@ struct Fp4 : FloatPanels<4> {
     static void many(const Problem& p, int64_t block, const Panel<float>* panels, int count, float* out) {
         alignas(64) Element slice[kRows * Engine::kSlice];
         const int64_t groups = p.k / p.group;
-        const __m512 table = e2m1_table();
+        const __m512 table = float_values(kE2M1);
         Problem plain = p;  // weights as they are: one group without a scale
         plain.scale = nullptr;
         plain.group = p.k;

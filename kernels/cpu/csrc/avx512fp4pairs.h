@@ -7,12 +7,6 @@
 
 namespace {
 
-inline __m512i e2m1_pairs() {
-    alignas(64) uint16_t entry[32];  // the look-up sees five bits, of which four are the code
-    for (int i = 0; i < 32; i++) entry[i] = bf16_of(kE2M1[i & 15]);
-    return _mm512_load_si512(entry);
-}
-
 template <class Engine>
 struct Fp4Pairs : Fp4<Engine> {
     using Base = Fp4<Engine>;
@@ -32,7 +26,7 @@ struct Fp4Pairs : Fp4<Engine> {
         const uint8_t* w = p.codes + block * stride;
         const uint8_t* scales = (const uint8_t*)p.scale + block * groups * kRows;
         const char* x = panel.data;
-        const __m512i table = e2m1_pairs();
+        const __m512i table = bf16_twice(float_values(kE2M1));
         __m512 acc[B][2][MT];
 #pragma GCC unroll 2
         for (int b = 0; b < B; b++)

@@ -10,13 +10,17 @@
 
 namespace {
 
-// bfloat16 of code - center by the bits of an index: field f of a step of 4 bits, and for three bits its top bit, 4 + f.
+// bfloat16 of what a code stands for by the bits of an index: field f of a step of 4 bits, and for three bits its top bit, 4 + f.
 template <int BITS>
 struct PairTable {
     using S = Stored<BITS>;
     __m512i entries[BITS == 3 ? 2 : 1];
 
-    explicit PairTable(int field) {
+    PairTable(const Problem& p, int64_t block, int field) {
+        if constexpr (BITS == 4) {
+            entries[0] = bf16_table<4>(p, block);
+            return;
+        }
         alignas(64) uint16_t entry[64];
         for (int i = 0; i < 64; i++) {
             int code = i >> S::kLow * field & ((1 << S::kLow) - 1);
@@ -80,7 +84,8 @@ struct FewPairs {
         const int64_t groups = p.k / p.group, units = S::length(p) / S::kUnit, stride = S::padded(p) * 4 * BITS;
         const uint8_t* w = S::at(p, block, 0);
         const char* x = panel.data;
-        const PairTable<BITS> tables[2] = {PairTable<BITS>(0), PairTable<BITS>(kFields - 1)};
+        // two fields under one index, or one whose meaning each of two neighbouring blocks may have to itself
+        const PairTable<BITS> tables[2] = {{p, block, 0}, {p, block + (BITS == 4 ? B - 1 : 0), kFields - 1}};
         for (int64_t g = 0; g < groups; g++) {
             // past the end of a block lies its neighbour, which is read already: go on with the next pair of blocks
             const int64_t ahead = kPairsAhead + (p.k - g * p.group < kPairsAhead / (4 * BITS) ? stride * (B - 1) : 0);
@@ -109,7 +114,7 @@ struct FewPairs {
                             const __m512i index = codes.index(step);
 #pragma GCC unroll 2
                             for (int field = 0; field < kFields; field++) {
-                                const __m512i weight = tables[field].look_up(index);
+                                const __m512i weight = tables[BITS == 4 ? b : field].look_up(index);
                                 const int pair = kFields * step + field;
 #pragma GCC unroll 4
                                 for (int t = 0; t < MT; t++) {

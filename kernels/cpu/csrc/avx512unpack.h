@@ -19,18 +19,24 @@ inline void put_pairs(const float* values, int64_t columns, int t, const Panel<f
     }
 }
 
-// bfloat16 of code - center for every 5-bit index, of which only the low bits are the code.
+// bfloat16 of sixteen values that it holds, twice over: a look-up sees five bits, of which four are the code.
+inline __m512i bf16_twice(__m512 values) {
+    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16)));
+}
+
+// bfloat16 of what a code stands for, for every 5-bit index, of which only the low bits are the code.
 template <int BITS>
-inline __m512i bf16_table() {
+inline __m512i bf16_table(const Problem& p, int64_t block) {
+    if constexpr (BITS == 4) return bf16_twice(float_values(quarters(p, block)));
     alignas(64) uint16_t entry[32];
     for (int i = 0; i < 32; i++) entry[i] = bf16_of((float)((i & ((1 << BITS) - 1)) - Stored<BITS>::kCenter));
     return _mm512_load_si512(entry);
 }
 
 template <int BITS>
-inline void unpack_bf16(const uint8_t* w, int64_t units, uint16_t* to) {
+inline void unpack_bf16(const Problem& p, int64_t block, const uint8_t* w, int64_t units, uint16_t* to) {
     using S = Stored<BITS>;
-    const __m512i table = bf16_table<BITS == 8 ? 4 : BITS>();
+    const __m512i table = bf16_table<BITS == 8 ? 4 : BITS>(p, block);
     for (int64_t i = 0; i < units; i++, w += S::kUnitBytes, to += S::kUnit * kRows)
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {

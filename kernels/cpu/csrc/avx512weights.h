@@ -10,7 +10,7 @@
 //   kSlice, kAlign                       k per slice; to what multiple of k groups are padded
 //   panel_bytes(columns)                 bytes of a token
 //   put(values, columns, t, panel)       float32 [columns] -> token t of the panel
-//   unpack<BITS>(w, units, to)           codes of a block -> slice
+//   unpack<BITS>(p, block, w, units, to) codes of a block -> slice
 //   multiply(p, center, block, panel, stretches, count, slice, out)     out [kWidth, 32] += results
 #pragma once
 #include <immintrin.h>
@@ -53,6 +53,12 @@ inline void apply(const Problem& p, int center, int64_t block, const Panel<float
     }
 }
 
+// Of a row of kQuarters: what the codes stand for.
+inline __m512 float_values(const int8_t* quarters) {
+    const __m512i four = _mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)quarters));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(four), _mm512_set1_ps(0.25f));
+}
+
 // Codes of one word or half word of 16 rows, k by k.
 template <int BITS>
 struct Words {
@@ -74,7 +80,9 @@ struct Words {
         }
         return _mm512_permutexvar_ps(index, table);  // sees four bits of the index
     }
-    static __m512 table() {
+    static __m512 table(const Problem& p, int64_t block) {
+        if constexpr (BITS == 4)
+            return float_values(quarters(p, block));
         const __m512i code = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                               _mm512_set1_epi32((1 << BITS) - 1));
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(Stored<BITS>::kCenter)));
@@ -152,7 +160,8 @@ struct Few {
         const int64_t groups = p.k / p.group, units = S::length(p) / S::kUnit, stride = S::padded(p) * 4 * BITS;
         const uint8_t* w = S::at(p, block, 0);
         const float* x = (const float*)panel.data;
-        const __m512 table = Words<BITS>::table();
+        __m512 table[B];
+        for (int b = 0; b < B; b++) table[b] = Words<BITS>::table(p, block + b);
         for (int64_t g = 0; g < groups; g++) {
             __m512 part[B][MT][2];
             for (int b = 0; b < B; b++)
@@ -163,8 +172,8 @@ struct Few {
                     const uint8_t* at = w + b * stride;
 #pragma GCC unroll 3
                     for (int line = 0; line < S::kUnitBytes; line += 64) _mm_prefetch((const char*)at + kAhead + line, _MM_HINT_T0);
-                    unit<MT>(at, 0, x, table, part[b]);
-                    unit<MT>(at, 1, x, table, part[b]);
+                    unit<MT>(at, 0, x, table[b], part[b]);
+                    unit<MT>(at, 1, x, table[b], part[b]);
                 }
 #pragma GCC unroll 2
             for (int b = 0; b < B; b++)
@@ -216,7 +225,7 @@ struct WeightOnly : FewTokens {
             int filled = 0;
             for (int64_t used = 0; g < groups && used < Engine::kSlice;) {
                 const int64_t size = min64(length - done, Engine::kSlice - used), end = round_up(size, Engine::kAlign);
-                Engine::template unpack<BITS>(S::at(p, block, g * length + done), size / S::kUnit, slice + used * kRows);
+                Engine::template unpack<BITS>(p, block, S::at(p, block, g * length + done), size / S::kUnit, slice + used * kRows);
                 memset(slice + (used + size) * kRows, 0, (end - size) * kRows * sizeof(Element));
                 list[filled++] = {g, g * to + done, used, end, done + size == length};
                 used += end;

@@ -127,6 +127,11 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
         const int64_t t = i * width;
         return Panel<Acc>{memory + t * token_bytes, scales + t, sums + t * groups, (int)min64(width, m - t), many};
     };
+    // Scales of the tokens from t of this chunk on: those that gathering found, or those that came with the call, if any.
+    auto scale_at = [&](int64_t t, const float* found) -> const float* {
+        if (K::kInteger) return found;
+        return p.token_scale ? p.token_scale + first + t : nullptr;
+    };
 
     parallel(count < 2 * threads ? 1 : threads, count, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
@@ -145,7 +150,7 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
                     const int here = block + 1 < blocks ? 2 : 1;
                     here == 2 ? K::template few<1, 2>(p, block, panel, out) : K::template few<1, 1>(p, block, panel, out);
                     for (int b = 0; b < here; b++)
-                        store<K>(p, block + b, first, 1, out + b * kRows, K::kInteger ? panel.scale : nullptr);
+                        store<K>(p, block + b, first, 1, out + b * kRows, scale_at(0, panel.scale));
                 }
             });
             return;
@@ -157,7 +162,7 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
                 for (int64_t i = 0; i < count; i++) {
                     const Panel<Acc> panel = panel_at(i);
                     few_dispatch<K>(p, block, panel, out);
-                    store<K>(p, block, first + i * width, panel.tokens, out, K::kInteger ? panel.scale : nullptr);
+                    store<K>(p, block, first + i * width, panel.tokens, out, scale_at(i * width, panel.scale));
                 }
         });
         return;
@@ -174,7 +179,7 @@ inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
                 const int64_t here = min64(panels, count - i0), t0 = i0 * K::kWidth;
                 for (int64_t i = 0; i < here; i++) list[i] = panel_at(i0 + i);
                 K::many(p, block, list, (int)here, out);
-                store<K>(p, block, first + t0, min64(here * K::kWidth, m - t0), out, K::kInteger ? scales + t0 : nullptr);
+                store<K>(p, block, first + t0, min64(here * K::kWidth, m - t0), out, scale_at(t0, scales + t0));
             }
         });
     }

@@ -1,11 +1,8 @@
-// FP4 blocks: the value of each E2M1 code and of the byte that scales a block. The codes of a block of 32 rows are stored
-// as 4-bit codes are in weights.h.
+// FP4 blocks: the value of the byte that scales a block. Codes are E2M1, stored as all 4-bit codes are in weights.h.
 #pragma once
-#include "numeric.h"
+#include "weights.h"
 
 namespace {
-
-constexpr float kE2M1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
 // E8M0: the byte is the exponent, and 0 the subnormal 2^-127. E4M3: into float32's fields, where 2^120 corrects the bias.
 inline float block_scale(const Problem& p, uint8_t byte) {

@@ -42,16 +42,16 @@ bool has(Isa isa) {
 
 KernelTable table_of(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, avx512_rotate};
+    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, avx512_rotate, avx512_shift};
     if (isa == kAvx512) {  // Cascade Lake and Ice Lake have VNNI without BF16
         const bool bf16 = __builtin_cpu_supports("avx512bf16");
         return {avx512_a8w4, avx512_w8a8, bf16 ? avx512bf16_weight_only : avx512_weight_only,
-                bf16 ? avx512bf16_fp4 : avx512_fp4, avx512_rotate};
+                bf16 ? avx512bf16_fp4 : avx512_fp4, avx512_rotate, avx512_shift};
     }
-    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_rotate};
+    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_rotate, avx2_shift};
 #endif
     (void)isa;
-    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate};
+    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate, portable_shift};
 }
 
 AttentionTable attention_of(Isa isa) {
@@ -75,7 +75,7 @@ PointwiseTable pointwise_of(Isa isa) {
 
 PointwiseTable pointwise = {portable_norm, portable_activate};
 AttentionTable attention = {portable_attend, portable_append};
-KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate};
+KernelTable table = {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_rotate, portable_shift};
 
 int64_t blocks_of(const Output* outputs, int count) {
     int64_t blocks = 0;
@@ -145,6 +145,19 @@ void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, co
                               const void* codes, const void* scale, int scale_is_f32, const void* zero, int64_t group) {
     table.weight_only({x, (const uint8_t*)codes, scale, (const uint8_t*)zero, nullptr, outputs, m, k, blocks_of(outputs, count),
                        group, (DType)dtype, scale_is_f32 != 0, bits});
+}
+
+// 4-bit floats: kinds [blocks], scale as above, token_scale [M] or null.
+void lowbit_fp_channel_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
+                             const void* scale, int scale_is_f32, const void* kinds, int64_t group, const void* token_scale) {
+    table.weight_only({x, (const uint8_t*)codes, scale, nullptr, nullptr, outputs, m, k, blocks_of(outputs, count), group,
+                       (DType)dtype, scale_is_f32 != 0, 4, false, (const uint8_t*)kinds, (const float*)token_scale});
+}
+
+// Tokens as floats of few bits, see Shift.
+void lowbit_fp_shift(const void* x, int dtype, void* y, void* scale, const void* shift, int64_t m, int64_t k, float step,
+                     int dynamic, float floor, float half_steps, float largest) {
+    table.shift({x, y, (float*)scale, (const uint8_t*)shift, m, k, step, dynamic != 0, floor, half_steps, largest, (DType)dtype});
 }
 
 // y [M, K] = x [M, K] with every block of `size` channels multiplied by H / sqrt(size).

@@ -32,7 +32,9 @@ struct Problem {
     DType dtype;
     bool scale_is_f32;       // weight only
     int bits;                // weight only: 2, 3, 4 or 8
-    bool scale_is_e8m0 = false;  // fp4: the block scale is 2^(byte - 127), else E4M3
+    bool scale_is_e8m0 = false;          // fp4: the block scale is 2^(byte - 127), else E4M3
+    const uint8_t* kinds = nullptr;      // weight only, 4 bits: [N/32] exponent bits of the floats that codes are; null: integers
+    const float* token_scale = nullptr;  // weight only: [M], null for 1
 };
 
 struct Rotation {
@@ -43,12 +45,25 @@ struct Rotation {
     DType dtype;
 };
 
+struct Shift {
+    const void* x;         // [M, K] of dtype
+    void* y;               // likewise: what is left when the scale is taken off
+    float* scale;          // [M]
+    const uint8_t* shift;  // [K], n below 32
+    int64_t m, k;
+    float step;            // what `dynamic` multiplies with a token's largest |x 2^n|, else the scale
+    bool dynamic;
+    float floor, half_steps, largest;  // of the number format, see kernels/minifloat.py
+    DType dtype;
+};
+
 struct KernelTable {
     void (*a8w4)(const Problem&);
     void (*w8a8)(const Problem&);
     void (*weight_only)(const Problem&);
     void (*fp4)(const Problem&);
     void (*rotate)(const Rotation&);
+    void (*shift)(const Shift&);
 };
 
 // Each is defined by one translation unit, compiled with that unit's own instruction set flags.
@@ -57,17 +72,20 @@ void portable_w8a8(const Problem&);
 void portable_weight_only(const Problem&);
 void portable_fp4(const Problem&);
 void portable_rotate(const Rotation&);
+void portable_shift(const Shift&);
 #if defined(__x86_64__)
 void avx2_a8w4(const Problem&);
 void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
 void avx2_fp4(const Problem&);
 void avx2_rotate(const Rotation&);
+void avx2_shift(const Shift&);
 void avx512_a8w4(const Problem&);
 void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
 void avx512_fp4(const Problem&);
 void avx512_rotate(const Rotation&);
+void avx512_shift(const Shift&);
 void avx512bf16_weight_only(const Problem&);
 void avx512bf16_fp4(const Problem&);
 void amx_a8w4(const Problem&);

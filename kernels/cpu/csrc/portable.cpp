@@ -3,6 +3,7 @@
 #include "fp4.h"
 #include "weights.h"
 #include "rotation.h"
+#include "shift.h"
 
 namespace {
 
@@ -71,6 +72,7 @@ struct WeightOnly : FloatPanels<BITS> {
     static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
         const int64_t groups = p.k / p.group;
         const uint8_t* w = S::at(p, block, 0);
+        const int8_t* four = quarters(p, block);
         const float* x = (const float*)panel.data;
         for (int i = 0; i < MT * kRows; i++) out[i] = 0;
         for (int64_t g = 0; g < groups; g++) {
@@ -85,7 +87,7 @@ struct WeightOnly : FloatPanels<BITS> {
                     for (int r = 0; r < kRows; r++) {
                         int q = (word[r] >> S::shift(k)) & ((1u << S::kLow) - 1);
                         if (BITS == 3) q += (tops[r] >> S::top(k) & 1) << 2;
-                        code[r] = (float)(q - S::kCenter);
+                        code[r] = BITS == 4 ? 0.25f * (float)four[q] : (float)(q - S::kCenter);
                     }
                     for (int t = 0; t < MT; t++)
                         for (int r = 0; r < kRows; r++) part[t][r] += code[r] * x[k * MT + t];
@@ -121,7 +123,7 @@ struct Fp4 : FloatPanels<4> {
                 memcpy(word, w, sizeof word);
                 for (int k = 0; k < 8; k++) {
                     float value[kRows];
-                    for (int r = 0; r < kRows; r++) value[r] = kE2M1[word[r] >> Stored<4>::shift(k) & 15];
+                    for (int r = 0; r < kRows; r++) value[r] = 0.25f * (float)kE2M1[word[r] >> Stored<4>::shift(k) & 15];
                     for (int t = 0; t < MT; t++)
                         for (int r = 0; r < kRows; r++) part[t][r] += value[r] * x[k * MT + t];
                 }
@@ -141,3 +143,4 @@ void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
 void portable_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, WeightOnly) }
 void portable_rotate(const Rotation& r) { rotate_tokens(r); }
+void portable_shift(const Shift& s) { shift_tokens(s); }

@@ -8,7 +8,8 @@
 //     y[m, n] = sum_g scale[n, g] * (sum_{k in g} x[m, k] * (code[n, k] - c) - (zero[n, g] - c) * sum_{k in g} x[m, k])
 //
 // with c = 2^(bits - 1), the zero point of the symmetric form. Codes and scales stay apart until the float32 sum of a
-// group is known, so no weight is rounded.
+// group is known, so no weight is rounded. Codes of 4 bits may be floats, which stand for a value of a table instead of
+// code - c.
 #pragma once
 #include "driver.h"
 
@@ -32,6 +33,18 @@ struct Stored {
     // And its top bit in the half word.
     static constexpr int top(int k) { return k / 2 + 8 * (k & 1); }
 };
+
+// Four times what a 4-bit code stands for, by exponent bits: integers (code - 8), E1M2, E2M1, E3M0.
+alignas(16) constexpr int8_t kQuarters[4][16] = {
+    {-32, -28, -24, -20, -16, -12, -8, -4, 0, 4, 8, 12, 16, 20, 24, 28},
+    {0, 1, 2, 3, 4, 5, 6, 7, 0, -1, -2, -3, -4, -5, -6, -7},
+    {0, 2, 4, 6, 8, 12, 16, 24, 0, -2, -4, -6, -8, -12, -16, -24},
+    {0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64},
+};
+
+constexpr const int8_t* kE2M1 = kQuarters[2];
+
+inline const int8_t* quarters(const Problem& p, int64_t block) { return kQuarters[p.kinds ? p.kinds[block] : 0]; }
 
 // Calls kernel<BITS> for the bits of p.
 #define LOWBIT_BY_BITS(p, kernel)                \

@@ -1,0 +1,37 @@
+// Tokens as small floats under one scale, kernels/activations/fp_shift.py: every channel moved by 2^n, rounded, moved back.
+#pragma once
+#include "driver.h"
+
+namespace {
+
+constexpr int64_t kShiftWork = 1 << 16;  // elements below which waking a second thread costs more than it saves
+constexpr float kAbsmaxFloor = 1e-5f;    // an all-zero token gets this absmax, so its scale is never zero
+
+// v rounded to the number format: adding half_steps binades and taking them off leaves the mantissa bits there are.
+inline float round_small(const Shift& s, float v) {
+    v = v > s.largest ? s.largest : v;
+    v = v < -s.largest ? -s.largest : v;
+    const float binade = float_of(bits_of(v) & 0x7F800000u);
+    const float shift = (binade > s.floor ? binade : s.floor) * s.half_steps;
+    const float signed_shift = float_of(bits_of(shift) | (bits_of(v) & 0x80000000u));
+    return (v + signed_shift) - signed_shift;
+}
+
+inline void shift_tokens(const Shift& s) {
+    const int64_t bytes = element_size(s.dtype);
+    parallel(s.m * s.k < kShiftWork ? 1 : max_threads(), s.m, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch buffer;
+        float* v = (float*)buffer.at_least(4 * s.k);
+        for (int64_t t = begin; t < end; t++) {
+            to_float(v, (const char*)s.x + t * s.k * bytes, s.k, s.dtype);
+            for (int64_t j = 0; j < s.k; j++) v[j] *= float_of((127u + s.shift[j]) << 23);
+            const float top = s.dynamic ? absmax(v, s.k) : 1.0f;
+            const float scale = (s.dynamic && top < kAbsmaxFloor ? kAbsmaxFloor : top) * s.step;
+            for (int64_t j = 0; j < s.k; j++) v[j] = round_small(s, v[j] / scale) * float_of((127u - s.shift[j]) << 23);
+            s.scale[t] = scale;
+            from_float((char*)s.y + t * s.k * bytes, v, s.k, s.dtype);
+        }
+    });
+}
+
+}  // namespace
