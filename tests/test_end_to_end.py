@@ -46,6 +46,8 @@ def decode(fields: dict[str, Tensor], k: int) -> Tensor:
         step, offset = (fields[f"group_{part}"].int().repeat_interleave(per, 1) for part in ("scale", "offset"))
         return (codes * step + offset).float() * fields["row_scale"].unsqueeze(1)
     scale = fields["weight_scale"].float()
+    if "weight_exponents" in fields:
+        return small_floats(bits, int(fields["weight_exponents"]))[codes] * scale.repeat_interleave(k // scale.shape[1], 1)
     zero = fields["weight_zero"].float() if "weight_zero" in fields else torch.full_like(scale, 2.0 ** (bits - 1))
     per = k // scale.shape[1]
     return (codes - zero.repeat_interleave(per, 1)) * scale.repeat_interleave(per, 1)
@@ -56,12 +58,19 @@ def is_fp4(fields: dict[str, Tensor]) -> bool:
     return "weight_scale" in fields and fields["weight_scale"].element_size() == 1
 
 
+def small_floats(bits: int, exponents: int) -> Tensor:
+    """The value of every code of 4 or 8 bits with that many exponent bits, as LLM-FP4 defines it: [2^bits]."""
+    m, codes = bits - 1 - exponents, torch.arange(1 << bits)
+    sign, p, fraction = 1 - 2 * (codes >> bits - 1), codes >> m & (1 << exponents) - 1, (codes & (1 << m) - 1) / 2**m
+    bias = max(1, 2 ** (exponents - 1) - 1)
+    return sign * torch.where(p == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (p - bias))
+
+
 def decode_fp4(fields: dict[str, Tensor], k: int) -> Tensor:
     """MXFP4 or NVFP4, bit by bit."""
     raw = fields["weight_packed"].long()
     nibbles = torch.stack((raw % 16, raw // 16), -1).flatten(1)
-    sign, exponent, mantissa = 1 - 2 * (nibbles // 8), nibbles // 2 % 4, nibbles % 2
-    values = sign * torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+    values = small_floats(4, 2)[nibbles]
     if "weight_global_scale" in fields:
         return values * (fields["weight_scale"].float() / fields["weight_global_scale"]).repeat_interleave(16, 1)
     return values * (2.0 ** (fields["weight_scale"].double() - 127)).float().repeat_interleave(32, 1)
@@ -84,6 +93,22 @@ def nvfp4_input(divisor: Tensor) -> Any:
     return hook
 
 
+def shifted_input(fields: dict[str, Tensor], bits: int) -> Any:
+    """Forward hook: each channel times its power of two, on the nearest small float under the token's largest, and back."""
+    values = small_floats(bits, int(fields["input_exponents"])).unique()
+    power = 2.0 ** fields["input_shift"].float()
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        moved = args[0] * power
+        scale = moved.abs().amax(-1, keepdim=True).clamp_min(1e-5) * fields["input_scale"]
+        above = torch.searchsorted(values, moved / scale).clamp(1, len(values) - 1)
+        low, high = values[above - 1], values[above]
+        nearest = torch.where((moved / scale) - low < high - (moved / scale), low, high)
+        return (nearest * scale / power, *args[1:])
+
+    return hook
+
+
 def int8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Forward hook: the input rounded to 255 levels of each token's own range."""
     scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / 127
@@ -100,11 +125,12 @@ def turn(x: Tensor, block: int) -> Tensor:
     return out / block**0.5
 
 
-def twin(folder: Path, activation: bool, rotate: int = 0) -> Any:
+def twin(folder: Path, token_bits: int, rotate: int = 0) -> Any:
     """A float model that computes what the folder's tensors mean, without any code of this package for its linears.
 
     Norms, activations and attention are ours: their last bit moves an int8 code now and then, and they have tests of their own.
-    rotate: largest block of the rotation of inputs; a layer has the largest power of two that divides its K.
+    token_bits: of inputs, 0 for floats. rotate: largest block of the rotation of inputs; a layer has the largest power of two
+    that divides its K.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
@@ -122,9 +148,10 @@ def twin(folder: Path, activation: bool, rotate: int = 0) -> Any:
             state[f"{name}.weight"] = decode(fields, module.in_features)
             if block := min(rotate, module.in_features & -module.in_features):
                 module.register_forward_pre_hook(lambda module, args, block=block: (turn(args[0], block), *args[1:]))
-            if activation:
+            if token_bits:
                 divisor = fields.get("input_global_scale")
-                module.register_forward_pre_hook(int8_input if divisor is None else nvfp4_input(divisor))
+                hook = int8_input if divisor is None else nvfp4_input(divisor)
+                module.register_forward_pre_hook(shifted_input(fields, token_bits) if "input_shift" in fields else hook)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= set(model._tied_weights_keys or ())
@@ -177,18 +204,18 @@ def test_loaded_model_computes_what_the_bytes_mean(
 ) -> None:
     folder = packed(recipe)
     rule = load_recipe(recipe).activation_of(None)
-    activation, rotate = rule.name != "none", rule.rotate
-    want = logits(twin(folder, activation, rotate), ids)
-    worst = worst_layer(quant.load(folder, dtype=torch.float32), twin(folder, activation, rotate), input_ids=ids)
+    token_bits, rotate = 0 if rule.name == "none" else getattr(rule, "bits", 8), rule.rotate
+    want = logits(twin(folder, token_bits, rotate), ids)
+    worst = worst_layer(quant.load(folder, dtype=torch.float32), twin(folder, token_bits, rotate), input_ids=ids)
     # a rotation is a sum, whose order of addition may put a value on the other side of a rounding boundary
-    assert worst < (1e-2 if activation and rotate else 1e-5)
+    assert worst < (1e-2 if token_bits and rotate else 1e-5)
     monkeypatch.setenv("LOWBIT_KERNEL", "reference")
     exact = logits(quant.load(folder, dtype=torch.float32), ids)
     if not rotate:
         assert float((exact - want).abs().max() / want.abs().max()) < 1e-6
     assert distance(exact, want) < 1e-2
-    if activation:  # float inputs are something else
-        assert distance(logits(twin(folder, False, rotate), ids), want) > 1e-3
+    if token_bits:  # float inputs are something else
+        assert distance(logits(twin(folder, 0, rotate), ids), want) > 1e-3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -333,7 +360,7 @@ def test_speech(packed_speech: Path, clips: Path) -> None:
     wave = torch.sin(torch.arange(16_000) / 9).numpy()
     inputs = processor(wave, sampling_rate=16_000, return_tensors="pt").input_features
     prompt = torch.tensor([[1, 2, 50, 60]])
-    assert worst_layer(model, twin(packed_speech, True), input_features=inputs, decoder_input_ids=prompt) < 1e-5
+    assert worst_layer(model, twin(packed_speech, 8), input_features=inputs, decoder_input_ids=prompt) < 1e-5
     assert model.generate(inputs, max_new_tokens=4).shape[0] == 1
 
 
