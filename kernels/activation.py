@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from quant.kernels.format import Field, Fields
+from quant.kernels.format import Field, Fields, check_fields
 from quant.kernels.rotation import largest_block, rotate
 
 ABSMAX_FLOOR = 1e-5  # an all-zero token gets this absmax, so its scale is never zero
@@ -43,6 +43,10 @@ class Activation(ABC):
     def fit(self, tokens: Tensor, absmax: Tensor) -> Fields:
         """The stored tensors, from rotated calibration tokens [T, K] and the absmax of each channel over all tokens [K]."""
         return {}
+
+    def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
+        """Raise ValueError, naming the first stored tensor beside an [n, k] weight that is wrong."""
+        check_fields(self.name, self.fields(k), fields, n, k)
 
     @abstractmethod
     def quantize(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant.kernels.activation import Activation
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, choose
-from quant.kernels.format import Field, Fields, Format, check_fields
+from quant.kernels.format import Field, Fields, Format
 from quant.kernels.rotation import by_matrix
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class PackedLinear(nn.Module):
 def check(fields: Mapping[str, Tensor], fmt: Format, activation: Activation, n: int, k: int) -> None:
     """Raise ValueError, naming the first tensor of a packed layer [n, k] that does not fit its format or activation rule."""
     fmt.check(fields, n, k)
-    check_fields(activation.name, activation.fields(k), fields, n, k)
+    activation.check(fields, n, k)
 
 
 def join(layers: Sequence[PackedLinear]) -> Prepared | None:
