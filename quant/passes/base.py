@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.kernels.format import Codes, Format
 from quant.rounding import descend, gptq_codes
 from quant.search import shrunk
-from quant.stats import InputStats
+from quant.stats import ROWS_KEPT, InputStats
 
 if TYPE_CHECKING:
     from quant.folds import BlockView
@@ -32,6 +32,13 @@ class BasePass(BaseModel):
     """Options of a pass; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    rows: ClassVar[int] = ROWS_KEPT  # tokens of each sequence that it wants to see whole
+    shifts: ClassVar[bool] = False  # whether it may shift inputs, so that every reader of a shifted norm needs a bias
+
+    @property
+    def rounded(self) -> bool:
+        """Whether passes after the transforms shall see statistics of the inputs as packed layers read them: rounded."""
+        return False
 
 
 class Transform(BasePass, ABC):
@@ -44,6 +51,11 @@ class Transform(BasePass, ABC):
 
 class Corrector(BasePass, ABC):
     """Moves the quantizer's target."""
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether `stats.drift` must be that to the float chain."""
+        return True
 
     @abstractmethod
     def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
