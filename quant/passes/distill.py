@@ -64,9 +64,10 @@ class Pass(Tuner):
         )
         write_back(student, folder, plan)
         return {
+            "pass": "distill",
             "data": line,
             "steps": self.steps,
-            "held_out_kl": [kl for _, kl in progress.held],
+            "held_out_kl": progress.held,
             "codes_changed": progress.codes,
             "steps_skipped": progress.skipped,
         }

@@ -44,7 +44,7 @@ class Progress:
     """Loss of each step, nats per token. codes: how many changed. skipped: steps whose gradient was not finite."""
 
     losses: list[float] = field(default_factory=list)
-    held: list[tuple[int, float]] = field(default_factory=list)  # (step, mean KL on held-out samples)
+    held: list[float] = field(default_factory=list)  # mean KL on held-out samples before the first step and after the last
     codes: int = 0
     skipped: int = 0
 
@@ -112,7 +112,7 @@ def train(
     optimizer = optimizer_of(student, rates)
     progress, first = restore(student, optimizer, state)
     if first == 0:
-        progress.held.append((0, held_out(teacher, student, held)))
+        progress.held.append(held_out(teacher, student, held))
     for step in range(first, steps):
         student.refresh(torch.bfloat16)
         total = 0.0
@@ -138,8 +138,7 @@ def train(
         tell(step + 1, steps, total)
         if (step + 1) % save_every == 0 and step + 1 < steps:
             save(student, optimizer, progress, state)
-    if progress.held[-1][0] < steps:
-        progress.held.append((steps, held_out(teacher, student, held)))
+    progress.held.append(held_out(teacher, student, held))
     return progress
 
 

@@ -36,6 +36,7 @@ def open_student(folder: Path, plan: Plan, device: torch.device, codes: bool) ->
     from quant.loading import load
 
     model = load(folder, dtype=torch.float32, device=device, compile=False).requires_grad_(False)
+    model.set_attn_implementation("sdpa")  # ours has no backward pass
     layers = {name: Trained(model.get_submodule(name), codes) for name in plan.targets}
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")

@@ -61,8 +61,7 @@ class Trained(nn.Module):
         x = self.activation.rotated(x)
         if self.activation.name != "none":
             x = x + (self.activation.quantize(x, self.inputs).to(x.dtype) - x).detach()
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dense.to(x.dtype), bias)
+        return nn.functional.linear(x, self.dense, self.bias)  # of two dtypes only under autocast, which keeps `dense` as it is
 
     def collect(self) -> Tensor | None:
         """Pass the dense weight's gradient on to theta, whose .grad is set; returns it as float32 [N, K], None without one."""
