@@ -23,6 +23,7 @@ from quant.card import model_card
 from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_table
 from quant.loading import load
 from quant.models import INDEX
+from quant.passes.base import Tell
 from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, load_recipe
 from quant.resources import peak_memory_bytes, usable_device
@@ -89,7 +90,13 @@ def require_free(output: Path) -> None:
         raise ValueError(f"{output} cannot be made: {parent} is no folder that you can write to; give another -o")
 
 
-def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Listener = lambda done, total, block: None) -> Path:
+def compile_folder(
+    plan: Plan,
+    output: Path,
+    device: torch.device,
+    listen: Listener = lambda done, total, block: None,
+    tell: Tell = lambda done, total, loss: None,
+) -> Path:
     """Run a plan to the end and return `output`. An interrupted run leaves OUTPUT.partial and goes on when called again."""
     require_free(output)
     began = time.monotonic()
@@ -112,7 +119,10 @@ def compile_folder(plan: Plan, output: Path, device: torch.device, listen: Liste
     config["quantization_config"] = plan.config_section()
     (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (final / "recipe.yaml").write_text(plan.recipe.dump(), encoding="utf-8")
+    tuned = [tuner.tune(final, plan, device, work.folder / f"tuned-{i}", tell) for i, tuner in enumerate(plan.recipe.tuners())]
     report = make_report(plan, blocks, table, calibration, str(device))
+    if tuned:
+        report["tuned"] = tuned
     report["totals"] |= {
         "seconds": time.monotonic() - began,
         "blocks_resumed": resumed,

@@ -28,12 +28,13 @@ base_model: {source}
 | kept in float | {kept} |
 | activations | {activation} |
 | calibration | {calibration} |
-| mean layer error | {error:.4f} (round-to-nearest {rtn_error:.4f}), relative to the layer's output |
-
+| mean layer error{before} | {error:.4f} (round-to-nearest {rtn_error:.4f}), relative to the layer's output |
+{tuned}
 The exact recipe is in `recipe.yaml`, errors layer by layer in `report.json`. Measure it: `quantize eval {name}`.
 """
 
 HEAD = "| packed head{both} | {bits_per_weight:.3f} bits per weight, relative error of the weights {error:.4f} |\n"
+TUNED = "| {pass} | {steps} steps; held-out mean KL {held_out_kl[0]:.4f} before, {held_out_kl[1]:.4f} after |\n"
 
 
 def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
@@ -57,4 +58,6 @@ def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
         calibration=report["calibration"],
         error=sum(layer["error"] for layer in layers) / len(layers),
         rtn_error=sum(layer["rtn_error"] for layer in layers) / len(layers),
+        before=" before training" if "tuned" in report else "",
+        tuned="".join(TUNED.format(**tuned) for tuned in report.get("tuned", [])),
     )

@@ -129,7 +129,7 @@ def job(
 
     with Reporter(console, quiet) as reporter:
         try:
-            compile_folder(plan, target, where, reporter.block)
+            compile_folder(plan, target, where, reporter.block, reporter.training)
         except KeyboardInterrupt:
             raise click.Abort("finished blocks are kept, the same command goes on where it stopped") from None
     if not quiet:

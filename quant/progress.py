@@ -52,6 +52,14 @@ class Reporter:
             if done == 1 and not self.quiet:
                 self.console.print(f"  {layer} is not smoothed: {reason}", highlight=False, soft_wrap=True)
 
+    def training(self, done: int, total: int, loss: float) -> None:
+        """A training step is finished."""
+        line = f"step {done}  loss {loss:.4f}"
+        if self.console.is_terminal:
+            self.bar.update(self.task, total=total, completed=done, description=line)
+        elif not self.quiet and (done % 10 == 0 or done == total):
+            self.console.print(f"[{done}/{total}] {line}", highlight=False, soft_wrap=True)
+
     def evaluation(self, done: int, total: int) -> None:
         """So many windows or clips have been measured."""
         if self.console.is_terminal:

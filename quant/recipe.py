@@ -107,6 +107,10 @@ class Recipe(Frozen):
             raise ValueError(f"recipe {self.name} has {len(found)} quantizers; exactly one pass must choose the codes")
         return found[0]
 
+    def tuners(self) -> list[base.Tuner]:
+        """The passes that train the packed model, in order."""
+        return [p for p in self.build_passes() if isinstance(p, base.Tuner)]
+
     def base_format(self) -> Format:
         """The format that layers without a rule get."""
         return from_config(self.format)

@@ -86,6 +86,9 @@ def print_result(console: Console, folder: Path) -> None:
         f"mean layer error {mean:.4f} (round-to-nearest {rtn:.4f}), "
         f"{totals['seconds']:.0f} s, peak memory {totals['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
+    for tuned in report.get("tuned", []):
+        before, after = tuned["held_out_kl"]
+        console.print(f"{tuned['pass']}, {tuned['steps']} steps: held-out mean KL {before:.4f} before, {after:.4f} after")
     blind = totals["quantized_without_data"]
     if blind:
         listed = ", ".join(blind[:3]) + (" and others" if len(blind) > 3 else "")

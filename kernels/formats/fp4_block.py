@@ -112,8 +112,12 @@ class Fp4Block(Format):
 
     def encode(self, weight: Tensor, params: Mapping[str, Tensor]) -> Codes:
         """Round a float32 [N, K] weight to the nearest codes under given scales. A small negative is code 8, -0 is code 0."""
+        return Codes(self.project(weight, params), params)
+
+    def project(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """As `encode`."""
         grouped = (weight + 0.0).view(weight.shape[0], -1, self.group) / self.steps(params).unsqueeze(-1)
-        return Codes(E2M1.encode(E2M1.round(grouped)).view(weight.shape), params)
+        return E2M1.encode(E2M1.round(grouped)).view(weight.shape)
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         super().check(fields, n, k)

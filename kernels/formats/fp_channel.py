@@ -88,7 +88,7 @@ class FpChannel(Format):
         return storable(step, self.scale_dtype)
 
     def params(self, step: Tensor, exponents: int) -> dict[str, Tensor]:
-        """The stored tensors for scales [N, K // G]."""
+        """The stored tensors for scales [N, K // G] that are `storable`."""
         return {
             "weight_scale": step.to(self.scale_dtype),
             "weight_exponents": torch.tensor([exponents], dtype=torch.uint8, device=step.device),
@@ -96,9 +96,18 @@ class FpChannel(Format):
 
     def encode(self, weight: Tensor, step: Tensor, exponents: int) -> Codes:
         """Round a float32 [N, K] weight to the nearest codes under given scales [N, K // G]."""
-        kind = self.kind(exponents)
-        grouped = weight.view(weight.shape[0], step.shape[1], -1) / step.unsqueeze(-1)
-        return Codes(kind.encode(kind.round(grouped)).view(weight.shape), self.params(step, exponents))
+        params = self.params(step, exponents)
+        return Codes(self.project(weight, params), params)
+
+    def steps(self, params: Mapping[str, Tensor]) -> Tensor:
+        """`weight_scale` in float32: what the value 1 stands for."""
+        return params["weight_scale"].float()
+
+    def project(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """As `encode`."""
+        kind, step = self.kind(int(params["weight_exponents"])), self.steps(params)
+        grouped = weight.view(*step.shape, -1) / step.unsqueeze(-1)
+        return kind.encode(kind.round(grouped)).view(weight.shape)
 
     def nearest(self, weight: Tensor) -> Codes:
         """Full range, E2M1 or E4M3."""

@@ -96,6 +96,17 @@ class Int4Dual(Format):
         u = (torch.round(weight.view(n, -1, self.group) / step) + zero.unsqueeze(-1)).clamp_(0, 15)
         return Codes(u.to(torch.uint8).view(n, k), self.params(row_scale, s2, zero))
 
+    def steps(self, params: Mapping[str, Tensor]) -> Tensor:
+        """row_scale * group_scale."""
+        return params["row_scale"].unsqueeze(-1) * params["group_scale"].float()
+
+    def project(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+        """Under offsets that are no multiple of their step, too."""
+        shift = params["group_offset"].float() / params["group_scale"].float()
+        step = self.steps(params).unsqueeze(-1)
+        grouped = torch.round(weight.view(*shift.shape, -1) / step - shift.unsqueeze(-1))
+        return grouped.clamp_(0, 15).to(torch.uint8).view(weight.shape)
+
     def params(self, row_scale: Tensor, s2: Tensor, zero: Tensor) -> dict[str, Tensor]:
         """The stored tensors for row scales [N] and integer steps and zero points [N, K // G]."""
         return {

@@ -95,10 +95,24 @@ class IntGroup(Format):
 
     def dequantize(self, codes: Codes) -> Tensor:
         n, k = codes.codes.shape
-        scale = codes.params["weight_scale"].float()  # [N, K // G]
-        zero = 2.0 ** (self.bits - 1) if self.symmetric else codes.params["weight_zero"].float().unsqueeze(-1)
+        scale = self.steps(codes.params)
         grouped = codes.codes.view(n, scale.shape[1], k // scale.shape[1]).float()
-        return ((grouped - zero) * scale.unsqueeze(-1)).view(n, k)
+        return ((grouped - self.zeros(codes.params)) * scale.unsqueeze(-1)).view(n, k)
+
+    def steps(self, params: Mapping[str, Tensor]) -> Tensor:
+        """`weight_scale` in float32."""
+        return params["weight_scale"].float()
+
+    def zeros(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Zero points, float32 [N, K // G, 1], or one for all."""
+        middle = torch.tensor(2.0 ** (self.bits - 1), device=params["weight_scale"].device)
+        return middle if self.symmetric else params["weight_zero"].float().unsqueeze(-1)
+
+    def project(self, weight: Tensor, params: Mapping[str, Tensor], least: int = 0) -> Tensor:
+        """least: the smallest code that is used."""
+        step = self.steps(params)
+        grouped = torch.round(weight.view(*step.shape, -1) / step.unsqueeze(-1)) + self.zeros(params)
+        return grouped.clamp_(least, 2**self.bits - 1).to(torch.uint8).view(weight.shape)
 
     def range_grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Step and zero point, float32 [N, K // G], that just cover each group's range (0 included).
@@ -123,11 +137,8 @@ class IntGroup(Format):
         return out if self.symmetric else out | {"weight_zero": zero.to(torch.uint8)}
 
     def nearest(self, weight: Tensor) -> Codes:
-        step, zero = self.range_grid(weight)
-        grouped = weight.view(weight.shape[0], step.shape[1], -1)
-        low = 1 if self.symmetric else 0  # the symmetric grid keeps -absmax .. absmax
-        codes = (torch.round(grouped / step.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp_(low, 2**self.bits - 1)
-        return Codes(codes.to(torch.uint8).view(weight.shape), self.params(step, zero))
+        params = self.params(*self.range_grid(weight))
+        return Codes(self.project(weight, params, least=1 if self.symmetric else 0), params)  # -absmax .. absmax if symmetric
 
     def check(self, fields: Mapping[str, Tensor], n: int, k: int) -> None:
         super().check(fields, n, k)

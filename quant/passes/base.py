@@ -2,7 +2,7 @@
 
 A Refiner chooses formats before the run. A Transform changes weights but not the float output of a block. A Corrector
 changes what the quantizer aims at. A Quantizer turns weight and statistics into Codes and never does worse than
-round-to-nearest on the error it minimizes.
+round-to-nearest on the error it minimizes. A Tuner trains the packed model when all blocks are done.
 A pass is one file here, named as in the recipe, holding a class `Pass`; its options are its pydantic fields.
 """
 
@@ -12,7 +12,8 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +27,7 @@ from quant.stats import ROWS_KEPT, InputStats
 
 if TYPE_CHECKING:
     from quant.folds import BlockView
+    from quant.plan import Plan
     from quant.targets import Target
 
 
@@ -102,6 +104,17 @@ class Refiner(BasePass, ABC):
         families: targets that serving stacks fuse, which must get one format; what a rule fixes is not among them.
         read: layer name -> its float32 weight [N, K], rotated as its activation rule asks, read from disk at each call.
         """
+
+
+Tell = Callable[[int, int, float], None]  # training steps done, of how many, and the loss
+
+
+class Tuner(BasePass, ABC):
+    """Changes numbers in a folder of packed tensors, never their names, shapes or dtypes."""
+
+    @abstractmethod
+    def tune(self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell) -> dict[str, Any]:
+        """Train the packed model in `folder`; returns what report.json says of it. state: what a killed run goes on from."""
 
 
 class GridRounder(Quantizer, ABC):

@@ -1,0 +1,83 @@
+"""The packed folder of a plan as a student that can be trained, and back: the same tensors, overwritten in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.models import index
+from quant.plan import Plan
+from quant.train.layer import Trained
+
+
+@dataclass
+class Student:
+    """model: a transformers model. layers: its packed linears in training; others: trained vectors. By name in memory."""
+
+    model: Any
+    layers: dict[str, Trained]
+    others: dict[str, nn.Parameter]
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Dense weights for the next forward passes."""
+        for layer in self.layers.values():
+            layer.refresh(dtype)
+
+
+def open_student(folder: Path, plan: Plan, device: torch.device, codes: bool) -> Student:
+    """The packed model in float32. Trained are the plan's targets and the vectors (norms, biases) of their blocks.
+
+    codes: whether codes may move as well. The head and the embeddings stay as they are.
+    """
+    from quant.loading import load
+
+    model = load(folder, dtype=torch.float32, device=device, compile=False).requires_grad_(False)
+    model.set_attn_implementation("sdpa")  # ours has no backward pass
+    layers = {name: Trained(model.get_submodule(name), codes) for name in plan.targets}
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        model.set_output_embeddings(dense_head(head))
+    blocks = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
+    trained = tuple(f"{name}." for name in layers)
+    others = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and name.startswith(blocks) and not name.startswith(trained)
+    }
+    for parameter in others.values():
+        parameter.requires_grad_()
+    return Student(model.eval(), layers, others)
+
+
+def dense_head(head: Any) -> nn.Linear:
+    """A packed head as one through which gradients flow."""
+    weight = getattr(head, "embedding", head).weight.detach().to(torch.bfloat16)
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    return dense
+
+
+def write_back(student: Student, folder: Path, plan: Plan) -> None:
+    """Overwrite the student's tensors in the folder's files; shapes, dtypes and places stay."""
+    stored = index(folder)
+    changed: dict[str, Tensor] = {}
+    for name, layer in student.layers.items():
+        disk = plan.layer_on_disk(name)
+        changed |= {f"{disk}.{key}": value for key, value in layer.fields().items()}
+        if layer.bias is not None:
+            changed[f"{disk}.bias"] = layer.bias
+    changed |= {plan.disk[name]: parameter for name, parameter in student.others.items()}
+    for name, value in changed.items():
+        entry = stored[name]
+        data = value.detach().to(entry.dtype).cpu().contiguous()
+        assert tuple(data.shape) == entry.shape, (name, data.shape, entry.shape)
+        with entry.file.open("r+b") as file:
+            file.seek(entry.start)
+            file.write(data.view(torch.uint8).numpy().tobytes())

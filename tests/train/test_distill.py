@@ -1,0 +1,97 @@
+"""Distillation gets closer to the teacher on text it did not train on, goes on after a kill, and changes no shape or name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+import quant
+from quant.calibrate import Sample
+from quant.models import index, read_header
+from quant.passes.distill import Pass
+from quant.train.distill import divergence, share_of_rate
+
+OPTIONS = {"steps": 12, "windows": 2, "held": 2, "scales": 0.01, "vectors": 0.003, "codes": 0.06, "save_every": 4}
+
+
+def recipe(folder: Path, kind: str, options: dict[str, object] | None) -> str:
+    shipped = {
+        "w3a16": ({"name": "int_group", "bits": 3, "group": 32}, "none", "rtn"),
+        "w4a8": ({"name": "int4_dual", "group": 32}, {"name": "int8_token", "rotate": 32}, "dgq"),
+        "nvfp4": ({"name": "fp4_block"}, "none", "fp4"),
+    }
+    fmt, activation, quantizer = shipped[kind]
+    passes = [{quantizer: None}, *([] if options is None else [{"distill": options}])]
+    text = yaml.safe_dump({"name": kind, "description": kind, "format": fmt, "activation": activation, "passes": passes})
+    file = folder / f"{kind}-{options is not None}.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["w3a16", "w4a8", "nvfp4"])
+def test_it_gets_closer_and_keeps_the_layout(kind: str, llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    for options in (None, OPTIONS):
+        quant.quantize(str(llama), recipe(tmp_path, kind, options), tmp_path / str(options is None), overrides=tiny.SMALL)
+    plain, trained = index(tmp_path / "True"), index(tmp_path / "False")
+    assert {n: e[1:] for n, e in plain.items()} == {n: e[1:] for n, e in trained.items()}
+    report = json.loads((tmp_path / "False" / "report.json").read_text())
+    (tuned,) = report["tuned"]
+    before, after = tuned["held_out_kl"]
+    if kind == "w3a16":  # at 4 bits a random model has next to nothing to gain
+        assert after < 0.9 * before
+    assert tuned["codes_changed"] > 0
+    assert tuned["steps_skipped"] == 0
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
+    llama: Path, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe(tmp_path, "w3a16", OPTIONS)
+    quant.quantize(str(llama), file, tmp_path / "whole", overrides=tiny.SMALL)
+    tune = Pass.tune
+
+    def killed(self: Pass, *args: object) -> object:
+        def stop(done: int, total: int, loss: float) -> None:
+            if done == 6:
+                raise KeyboardInterrupt
+
+        return tune(self, *args[:-1], stop)
+
+    monkeypatch.setattr(Pass, "tune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quant.quantize(str(llama), file, tmp_path / "out", overrides=tiny.SMALL)
+    (state,) = (tmp_path / "out.partial").glob("tuned-0/step-*.safetensors")
+    assert state.name == "step-4.safetensors"
+    assert any(name.startswith("memory.") for name in read_header(state))
+    monkeypatch.setattr(Pass, "tune", tune)
+    quant.quantize(str(llama), file, tmp_path / "out", overrides=tiny.SMALL)
+    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert whole.read_bytes() == out.read_bytes()
+
+
+def test_a_model_does_not_differ_from_itself(tiny: ModuleType) -> None:
+    teacher, student = tiny.llama(), tiny.llama().float()
+    sample = Sample({"input_ids": torch.arange(48).view(1, -1)})
+    alone, other = divergence(teacher, student, sample), divergence(teacher, tiny.llama(seed=1).float(), sample)
+    assert 0 <= float(alone.detach()) < 1e-3  # bfloat16 against bfloat16 under autocast
+    assert float(other.detach()) > 100 * float(alone.detach())
+
+
+def test_rates_rise_and_fall_to_nothing() -> None:
+    shares = [share_of_rate(step, 100) for step in range(100)]
+    assert max(shares) == shares[4]
+    assert shares[:5] == sorted(shares[:5])
+    assert shares[4:] == sorted(shares[4:], reverse=True)
+    assert shares[-1] < 1e-3
+
+
+def test_too_little_text_is_one_line(llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(tiny.SENTENCE * 20)
+    sets = [*tiny.SMALL, f"calibration.source={tmp_path / 'text.txt'}"]
+    with pytest.raises(ValueError, match="distill keeps 50 samples to measure on"):
+        quant.quantize(str(llama), recipe(tmp_path, "w3a16", {"held": 50}), tmp_path / "out", overrides=sets)
