@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from quant.refit import refit_steps
+from quant.grid import Affine, FloatGrid, Grid
+from quant.kernels.minifloat import E2M1
+from quant.refit import refit, refit_steps
 
 N, K, GROUP = 24, 96, 16
 
@@ -51,3 +54,23 @@ def test_rows_that_cannot_be_solved_keep_their_steps() -> None:
     assert bool((found > 0).all())
     assert torch.equal(found[3], step[3])
     assert torch.equal(found[7], step[7])
+
+
+@pytest.mark.parametrize("kind", ["integers", "floats"])
+def test_rounds_of_steps_and_codes_pay_on_any_grid(kind: str) -> None:
+    gram, _, step = problem(3)
+    weight, codes = torch.randn(N, K), torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    grid: Grid = Affine(step, torch.full_like(step, 8), 16) if kind == "integers" else FloatGrid(step, E2M1)
+    rounded: list[torch.Tensor] = []
+
+    def storable(step: torch.Tensor) -> torch.Tensor:
+        rounded.append(step.half().float())
+        return rounded[-1]
+
+    losses = []
+    for rounds in range(3):
+        new, fitted = refit(weight, gram, codes, grid, storable, rounds)
+        losses.append(loss(weight, gram, fitted.levels(new), fitted.step).sum())
+        assert type(fitted) is type(grid)
+        assert fitted.step is (rounded[-1] if rounds else step)  # as it will be read back
+    assert losses[2] < losses[1] < 0.9 * losses[0]

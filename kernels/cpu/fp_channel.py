@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.kernels.activations.fp_shift import FpShift
+from quant.kernels.activations.fp_shift import SHORT, FpShift
 from quant.kernels.cpu import layout, library
 from quant.kernels.dispatch import MatmulSpec, Prepared, register
 from quant.kernels.format import Codes, Fields
@@ -64,16 +64,19 @@ def cpu_fp_channel(
     return cpu_fp_channel_multi(x, codes, scale, kinds, token_scale, [bias], [n], k, group)[0]
 
 
-def cpu_fp_shift(x: Tensor, scale: Tensor, shift: Tensor, exponents: Tensor, bits: int, dynamic: bool) -> tuple[Tensor, Tensor]:
+def cpu_fp_shift(
+    x: Tensor, scale: Tensor, shift: Tensor, exponents: Tensor, bits: int, dynamic: bool, group: int
+) -> tuple[Tensor, Tensor]:
     """`FpShift.codes` of x [M, K]: the rounded tokens without their scales, in x's dtype, and the scales float32 [M]."""
     x = x.contiguous()
     if shift.numel() != x.shape[-1]:
         raise ValueError(f"input_shift holds {shift.numel()} channels; x is {tuple(x.shape)}")
     y, scales = torch.empty_like(x), torch.empty(x.shape[0])
     numbers = constants(FpShift(bits=bits).kind(int(exponents)))
+    length, shorten = (x.shape[-1], 0.0) if group == -1 else (group, SHORT / numbers[1])
     library.load().lowbit_fp_shift(
         *(x.data_ptr(), library.dtype_code(x), y.data_ptr(), scales.data_ptr(), shift.data_ptr(), *x.shape),
-        *(float(scale), dynamic, *numbers),
+        *(float(scale), dynamic, *numbers, length, shorten),
     )
     return y, scales
 
@@ -87,7 +90,7 @@ torch.library.impl("lowbit::cpu_fp_channel_multi", "cpu", cpu_fp_channel_multi)
 torch.library.register_fake("lowbit::cpu_fp_channel_multi", lambda x, _c, _s, _k, _t, _b, ns, *_: library.fake_outputs(x, ns))
 torch.library.define(
     "lowbit::cpu_fp_shift",
-    "(Tensor x, Tensor scale, Tensor shift, Tensor exponents, int bits, bool dynamic) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor exponents, int bits, bool dynamic, int group) -> (Tensor, Tensor)",
 )
 torch.library.impl("lowbit::cpu_fp_shift", "cpu", cpu_fp_shift)
 torch.library.register_fake(
@@ -170,5 +173,5 @@ class FpChannelKernel(layout.BlockKernel):
         if isinstance(rule, FpShift):
             wide = x.float() if x.dtype == torch.float16 else x  # the values reach further than float16
             operator = torch.ops.lowbit.cpu_fp_shift.default
-            tokens, token_scale = library.call_multi(operator, wide, *inputs, rule.bits, rule.dynamic)
+            tokens, token_scale = library.call_multi(operator, wide, *inputs, rule.bits, rule.dynamic, rule.group)
         return tokens, (codes, scale, kinds, token_scale), spec.k, spec.k if spec.format.group == -1 else spec.format.group

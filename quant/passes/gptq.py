@@ -5,11 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
+from quant.grid import Affine
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.int_group import IntGroup
 from quant.passes.base import GridRounder
-from quant.refit import refit_steps
-from quant.rounding import descend
+from quant.refit import refit
 from quant.search import by_rows, gram_blocks, search_grid
 from quant.stats import InputStats
 
@@ -34,8 +34,5 @@ class Pass(GridRounder):
             step, zero = by_rows(lambda rows: search_grid(rows, blocks, levels, fmt.symmetric), weight)
             step = fmt.storable(step)
         codes = self.codes(weight, gram, step, zero, levels)
-        for _ in range(self.refits):
-            integers = codes.float() - zero.repeat_interleave(weight.shape[1] // zero.shape[1], 1)
-            step = fmt.storable(refit_steps(weight, gram, integers, step))
-            codes = descend(weight, gram, codes, step, zero, levels, 1)
-        return Codes(codes, fmt.params(step, zero))
+        codes, grid = refit(weight, gram, codes, Affine(step, zero, levels), fmt.storable, self.refits)
+        return Codes(codes, fmt.params(grid.step, zero))

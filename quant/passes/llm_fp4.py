@@ -3,12 +3,11 @@
 Coordinate rounds (Liu et al., 2023, algorithm 1): tokens against the packed weight, then the weight behind rounded tokens,
 in closed form (`minifloat_search.py`). What differs from the paper: ranges are searched in steps of the largest magnitude
 instead of steps of the exponent bias, c = 1 included; the weight aims at what rounded tokens need; it is then rounded by
-GPTQ and coordinate descent on the same uneven grid. `space: paper, round: nearest, window: -1, rounds: 3` is the paper.
+GPTQ and coordinate descent on the same uneven grid. The paper is `space: paper, round: nearest, window: -1, rounds: 3,
+compensate: false` with one scale per weight row and a static one for all tokens.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -21,6 +20,7 @@ from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.minifloat import EXPONENTS
 from quant.minifloat_search import Space, channel_sizes, compensated, noisy_gram, search_input, search_weight
 from quant.passes.base import GridRounder
+from quant.refit import refit
 from quant.rounding import coordinate_descent, gptq
 from quant.search import gram_blocks
 from quant.stats import InputStats
@@ -31,7 +31,8 @@ class Pass(GridRounder):
 
     weight_exponents, input_exponents: exponent bits to choose among, all by default. space: see `minifloat_search.ratios`.
     window: how many neighbouring channels a row's range is searched with; -1 all of them. shifted: pre-shift channels.
-    compensate: aim at the weight that rounded tokens need. round: nearest or gptq.
+    compensate: aim at the weight that rounded tokens need. round: nearest or gptq. refits: rounds of fitted scales and new
+    codes after gptq.
     """
 
     rounds: int = Field(1, ge=0, le=10)
@@ -41,7 +42,7 @@ class Pass(GridRounder):
     window: int = 64
     shifted: bool = True
     compensate: bool = True
-    round: Literal["nearest", "gptq"] = "gptq"
+    refits: int = Field(0, ge=0, le=100)
 
     def refuses(self, fmt: Format) -> str | None:
         return None if isinstance(fmt, FpChannel) else f"llm_fp4 writes fp_channel, not {fmt.name}; use gptq or rtn"
@@ -86,4 +87,6 @@ class Pass(GridRounder):
             return plain
         grid = FloatGrid(step, fmt.kind(exponents))
         codes = gptq(weight, gram, grid, act_order=self.act_order, damp=self.damp)
-        return Codes(coordinate_descent(weight, gram, codes, grid, self.sweeps), plain.params)
+        codes = coordinate_descent(weight, gram, codes, grid, self.sweeps)
+        codes, grid = refit(weight, gram, codes, grid, fmt.storable, self.refits)
+        return Codes(codes, fmt.params(grid.step, exponents))

@@ -103,7 +103,10 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
             torch.ops.lowbit.cpu_fp_channel_multi,
             (x, codes_fp, scale_fp, kinds, torch.rand(5), [bias[:64], None], [64, N - 64], K, G),
         ),
-        (torch.ops.lowbit.cpu_fp_shift, (x.bfloat16(), torch.rand(1), shift, torch.tensor([2], dtype=torch.uint8), 8, True)),
+        (
+            torch.ops.lowbit.cpu_fp_shift,
+            (x.bfloat16(), torch.rand(1), shift, torch.tensor([2], dtype=torch.uint8), 8, True, 16),
+        ),
         (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G)),
         (torch.ops.lowbit.cpu_w8a8_multi, (x, codes8, rows8, [None, bias[64:]], [64, N - 64], K)),
         (torch.ops.lowbit.cpu_weight_only_multi, (x, codes4, scale, zero, [None, None], [32, N - 32], K, 4, G)),

@@ -78,6 +78,31 @@ def test_a_dynamic_scale_follows_its_token() -> None:
     assert torch.equal(rule.quantize(torch.zeros(1, K), fields), torch.zeros(1, K))
 
 
+@rules
+def test_groups_have_scales_of_their_own_and_stay_exact_in_bfloat16(bits: int, e: int) -> None:
+    """Each group is what a token of that length would be, up to the shortened scale; the scale is in the numbers."""
+    rule, x = FpShift(bits=bits, dynamic=True, group=16), tokens()
+    fields, kind = stored(rule, x, e), Minifloat(e, bits - 1 - e)
+    given, scale = rule.codes(x, fields)
+    assert (scale == 1).all()
+    assert torch.equal(given, given.bfloat16().float())
+    for at in range(0, K, 16):
+        part = slice(at, at + 16)
+        factor = torch.exp2(fields["input_shift"][part].double())
+        moved = x[:, part].double() * factor
+        wanted = moved.abs().amax(-1, keepdim=True) * fields["input_scale"].double()
+        back = given[:, part].double() * factor  # code * step
+        table = kind.magnitudes.double()
+        steps = []
+        for row, step in zip(back, wanted, strict=True):
+            exponent = torch.floor(step.log2()) - (6 - kind.mantissa)
+            near = (step / 2**exponent).round() * 2**exponent  # 7 - m significant bits
+            assert ((row.abs() / near).unsqueeze(-1) == table).any(-1).all()
+            steps.append(near)
+        plain = kind.round((moved / torch.stack(steps)).float()).double() * torch.stack(steps)
+        assert (back - plain).norm() < 1e-6 * plain.norm()
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_full_range_keeps_the_largest_value(dynamic: bool) -> None:
     for bits in (4, 8):
@@ -89,9 +114,9 @@ def test_the_full_range_keeps_the_largest_value(dynamic: bool) -> None:
 
 @pytest.mark.skipif(not library.available(), reason="the C++ kernels are not built")
 @rules
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_the_compiled_form_is_the_same(bits: int, e: int, dynamic: bool) -> None:
-    lib, rule, x = library.load(), FpShift(bits=bits, dynamic=dynamic), tokens()
+@pytest.mark.parametrize(("dynamic", "group"), [(False, -1), (True, -1), (True, 16), (True, 12), (True, K)])
+def test_the_compiled_form_is_the_same(bits: int, e: int, dynamic: bool, group: int) -> None:
+    lib, rule, x = library.load(), FpShift(bits=bits, dynamic=dynamic, group=group), tokens()
     x[5] = 0
     available = [isa for number, isa in enumerate(library.ISAS) if lib.lowbit_select(number) == 0]
     try:
@@ -100,7 +125,7 @@ def test_the_compiled_form_is_the_same(bits: int, e: int, dynamic: bool) -> None
             wanted, scale = rule.codes(seen, fields)
             for isa in available:
                 library.select(lib, isa)
-                given, scales = fp_channel.cpu_fp_shift(seen, *fields.values(), bits, dynamic)
+                given, scales = fp_channel.cpu_fp_shift(seen, *fields.values(), bits, dynamic, group)
                 assert given.dtype == dtype
                 assert torch.equal(given.float(), wanted), isa
                 assert torch.equal(scales, scale.flatten().expand(T)), isa
@@ -109,7 +134,9 @@ def test_the_compiled_form_is_the_same(bits: int, e: int, dynamic: bool) -> None
 
 
 @pytest.mark.skipif(not library.available(), reason="the C++ kernels are not built")
-@pytest.mark.parametrize("rule", [FpShift(bits=b, dynamic=d) for b in (4, 8) for d in (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [FpShift(bits=b, dynamic=d, group=g) for b in (4, 8) for d, g in ((False, -1), (True, -1), (True, 16))], ids=str
+)
 @pytest.mark.parametrize("group", [16, -1])
 def test_the_kernel_multiplies_what_the_rule_says(rule: FpShift, group: int) -> None:
     """Against float64, few and many tokens, every number format, ragged N; two layers joined give what each gives alone."""
@@ -159,5 +186,8 @@ def test_damaged_fields_are_named() -> None:
         damaged[-1] = value
         with pytest.raises(ValueError, match=message):
             rule.check(good | {name: damaged}, 8, K)
+    assert "per 32 channels, which do not divide K = 48" in str(FpShift(dynamic=True, group=32).refuses(48))
+    with pytest.raises(ValueError, match="group 32 is not allowed; give a positive length with dynamic: true"):
+        FpShift(group=32)
     with pytest.raises(ValueError, match="no 6-bit codes; allowed: 4, 8"):
         FpShift(bits=6)

@@ -31,6 +31,7 @@ from quant.stats import InputStats
 
 SPACES = ("clip", "paper")
 RULES = [FpShift(bits=bits, dynamic=dynamic) for bits in (4, 8) for dynamic in (False, True)]
+RULES += [FpShift(bits=bits, dynamic=True, group=32) for bits in (4, 8)]
 rules = pytest.mark.parametrize("rule", RULES, ids=str)
 
 

@@ -156,8 +156,9 @@ void lowbit_fp_channel_multi(const void* x, int dtype, int64_t m, int64_t k, con
 
 // Tokens as floats of few bits, see Shift.
 void lowbit_fp_shift(const void* x, int dtype, void* y, void* scale, const void* shift, int64_t m, int64_t k, float step,
-                     int dynamic, float floor, float half_steps, float largest) {
-    table.shift({x, y, (float*)scale, (const uint8_t*)shift, m, k, step, dynamic != 0, floor, half_steps, largest, (DType)dtype});
+                     int dynamic, float floor, float half_steps, float largest, int64_t group, float scale_half_steps) {
+    table.shift({x, y, (float*)scale, (const uint8_t*)shift, m, k, step, dynamic != 0, floor, half_steps, largest, group,
+                 scale_half_steps, (DType)dtype});
 }
 
 // y [M, K] = x [M, K] with every block of `size` channels multiplied by H / sqrt(size).

@@ -54,6 +54,8 @@ struct Shift {
     float step;            // what `dynamic` multiplies with a token's largest |x 2^n|, else the scale
     bool dynamic;
     float floor, half_steps, largest;  // of the number format, see kernels/minifloat.py
+    int64_t group;                     // channels under one scale
+    float scale_half_steps;            // 0; or groups' scales are rounded with it and go into y, and `scale` is 1
     DType dtype;
 };
 

@@ -17,6 +17,12 @@ inline float round_small(const Shift& s, float v) {
     return (v + signed_shift) - signed_shift;
 }
 
+// Positive v with fewer significant bits.
+inline float shortened(float v, float half_steps) {
+    const float shift = float_of(bits_of(v) & 0x7F800000u) * half_steps;
+    return (v + shift) - shift;
+}
+
 inline void shift_tokens(const Shift& s) {
     const int64_t bytes = element_size(s.dtype);
     parallel(s.m * s.k < kShiftWork ? 1 : max_threads(), s.m, [&](int64_t begin, int64_t end) {
@@ -25,10 +31,18 @@ inline void shift_tokens(const Shift& s) {
         for (int64_t t = begin; t < end; t++) {
             to_float(v, (const char*)s.x + t * s.k * bytes, s.k, s.dtype);
             for (int64_t j = 0; j < s.k; j++) v[j] *= float_of((127u + s.shift[j]) << 23);
-            const float top = s.dynamic ? absmax(v, s.k) : 1.0f;
-            const float scale = (s.dynamic && top < kAbsmaxFloor ? kAbsmaxFloor : top) * s.step;
-            for (int64_t j = 0; j < s.k; j++) v[j] = round_small(s, v[j] / scale) * float_of((127u - s.shift[j]) << 23);
-            s.scale[t] = scale;
+            s.scale[t] = 1.0f;
+            for (int64_t start = 0; start < s.k; start += s.group) {
+                float* part = v + start;
+                const float top = s.dynamic ? absmax(part, s.group) : 1.0f;
+                float scale = (s.dynamic && top < kAbsmaxFloor ? kAbsmaxFloor : top) * s.step, back = 1.0f;
+                if (s.scale_half_steps == 0)
+                    s.scale[t] = scale;
+                else
+                    back = scale = shortened(scale, s.scale_half_steps);
+                for (int64_t j = 0; j < s.group; j++)
+                    part[j] = round_small(s, part[j] / scale) * back * float_of((127u - s.shift[start + j]) << 23);
+            }
             from_float((char*)s.y + t * s.k * bytes, v, s.k, s.dtype);
         }
     });
