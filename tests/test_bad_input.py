@@ -72,7 +72,7 @@ def run(model: Path, text: Path, out: Path) -> int:
         (["--set", "calibratoin.tokens=9"], "'calibration'"),
         (["--set", "format.groups=32"], "group"),
         (["--set", "format.name=int_grup"], "int_group"),
-        (["--set", "format.bits=5"], "2, 3, 4, 8"),
+        (["--set", "format.bits=5"], "2, 3, 4, 6, 8"),
         (["--set", "format.bits=four"], "bits"),
         (["--set", "rtn.damp=1"], "damp"),
         (["--set", "activation=int8_tokens"], "'int8_token'"),

@@ -18,6 +18,8 @@ from quant.kernels.dispatch import MatmulSpec, Prepared, register
 from quant.kernels.format import Codes, Fields
 from quant.kernels.formats.int_group import IntGroup, pack_bits
 
+BITS = (2, 3, 4, 8)
+
 
 def cpu_weight_only_multi(
     x: Tensor,
@@ -75,6 +77,8 @@ class WeightOnly(layout.BlockKernel):
             return f"it serves int_group, not {fmt.name}"
         if spec.activation.name != "none":
             return f"it serves activation none, not {spec.activation}"
+        if fmt.bits not in BITS:
+            return f"it serves codes of {', '.join(map(str, BITS))} bits, not of {fmt.bits}"
         if fmt.group != -1 and fmt.group % 16:
             return f"group {fmt.group} is neither -1 nor a multiple of 16"
         return fmt.refuses(spec.n, spec.k) or library.refuses(spec)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quant.kernels.format import Codes, Field, Fields, Format, register, storable
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 6, 8)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -46,7 +46,7 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
 @register
 @dataclass(frozen=True, kw_only=True)
 class IntGroup(Format):
-    """bits: 2, 3, 4 or 8. group: any divisor of K, or -1. symmetric: no stored zero point."""
+    """bits: 2, 3, 4, 6 or 8. group: any divisor of K, or -1. symmetric: no stored zero point."""
 
     name: ClassVar[str] = "int_group"
     bits: int = 4

@@ -120,6 +120,8 @@ class GpuWnA16(Kernel):
             return f"multiplies int_group, not {spec.format.name}"
         if spec.activation.name != "none":
             return f"takes float tokens, not {spec.activation}"
+        if f"int{spec.format.bits}" not in POLICIES:
+            return f"has no layout for codes of {spec.format.bits} bits"
         if policy_of(spec.format.bits).blocking(spec.format.group) is None:
             return f"needs a group length that 32 divides, not {spec.format.group}"
         return launch.device_refuses(spec)

@@ -16,6 +16,7 @@ from quant.kernels.formats.int_group import BITS, IntGroup, pack_bits, unpack_bi
         (3, [1, 2, 3, 4, 5, 6, 7, 0], [0xD1, 0x58, 0x1F]),  # 0o07654321: codes 2 and 5 straddle bytes
         (3, [0, 0, 7, 0, 0, 4, 0, 0], [0xC0, 0x01, 0x02]),
         (4, [1, 2, 15, 0], [0x21, 0x0F]),
+        (6, [1, 2, 62, 0], [0x81, 0xE0, 0x03]),  # 0o00760201
         (8, [0, 255, 7, 128], [0, 255, 7, 128]),
     ],
 )
@@ -38,6 +39,7 @@ def test_all_codes_survive(bits: int) -> None:
     [
         ({"bits": 4, "group": 64, "symmetric": False}, 4 + (16 + 8) / 64),
         ({"bits": 3, "group": 96, "symmetric": True}, 3 + 16 / 96),
+        ({"bits": 6, "group": 64, "symmetric": False}, 6 + (16 + 8) / 64),
         ({"bits": 2, "group": 16, "symmetric": False}, 2 + (16 + 8) / 16),
         ({"bits": 8, "group": -1, "symmetric": True}, 8 + 32 / 192),
         ({"bits": 8, "group": -1, "symmetric": False}, 8 + (32 + 8) / 192),

@@ -12,7 +12,7 @@ from quant.kernels.format import FORMATS, Format, fit_group, from_config, load_a
 load_all()
 VARIANTS: dict[str, list[dict[str, object]]] = {  # a format without an entry is tested with its defaults
     "int_group": [
-        {"bits": b, "group": g, "symmetric": s} for b in (2, 3, 4, 8) for g in (16, 48, 64, 96, -1) for s in (True, False)
+        {"bits": b, "group": g, "symmetric": s} for b in (2, 3, 4, 6, 8) for g in (16, 48, 64, 96, -1) for s in (True, False)
     ],
     "int4_dual": [{"group": g} for g in (2, 16, 48, 64, 96, 192)],
     "fp_channel": [{"bits": b, "group": g} for b in (4, 8) for g in (16, 48, -1)],

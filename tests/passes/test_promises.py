@@ -17,7 +17,7 @@ from quant.passes.base import Quantizer
 from quant.stats import InputStats
 
 FORMATS: list[Format] = [
-    *(IntGroup(bits=bits, group=32, symmetric=symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)),
+    *(IntGroup(bits=bits, group=32, symmetric=symmetric) for bits in (2, 3, 4, 6, 8) for symmetric in (True, False)),
     IntGroup(bits=4, group=-1),
     Int4Dual(group=32),
     Fp4Block(kind="mxfp4"),
