@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from quant.experts import Experts, routed, stacks_of
 from quant.folds import InputGroup
+from quant.kernels.activation import Activation
+from quant.kernels.format import Fields
 from quant.stacks import Stack
-from quant.stats import InputStats
+from quant.stats import ROWS_KEPT, InputStats
 
 
 @dataclass
@@ -154,12 +156,13 @@ def capture(
     quant_chain: Chain,
     samples: list[Sample],
     expert_tokens: int = 1,
+    kept: int = ROWS_KEPT,
 ) -> list[InputGroup]:
     """Run a float block on the chains and sum the statistics of each linear's input.
 
     float_chain.hidden is replaced by the block's outputs; quant_chain is left as it is. Without a float chain there is
     no drift to sum, and none for experts, whose tokens differ between the chains. Experts that saw fewer than
-    `expert_tokens` tokens have statistics without data.
+    `expert_tokens` tokens have statistics without data. kept: tokens of each sequence to keep whole.
     """
     recorder = Recorder(name, block, targets)
     sets = tuple(f"{name}.{inside}." for inside in stacks_of(block))
@@ -177,7 +180,7 @@ def capture(
                 x, routed_here = recorder.inputs[names[0]], names[0].startswith(sets)
                 if names[0] not in groups:
                     drift = float_chain is not None and not routed_here
-                    groups[names[0]] = InputGroup(names, InputStats.empty(x.shape[-1], x.device, drift), maker)
+                    groups[names[0]] = InputGroup(names, InputStats.empty(x.shape[-1], x.device, drift, kept), maker)
                 rows = x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
                 there = None if routed_here else inputs_float.get(names[0])
                 mask = routed_mask(names[0], recorder.routes, sample) if routed_here else mask_for(x, sample)
@@ -234,6 +237,35 @@ def unseen(block: nn.Module, name: str, targets: list[str]) -> list[InputGroup]:
             found[key] = InputGroup([], InputStats.empty(weight.shape[1], weight.device, drift=False), None)
         found[key].names.append(target)
     return list(found.values())
+
+
+@torch.no_grad()
+def recapture(
+    name: str, block: nn.Module, readers: dict[str, tuple[Activation, Fields]], chain: Chain, samples: list[Sample]
+) -> dict[str, InputStats]:
+    """Statistics of X as the packed layers will read it, rounded, for each of `readers` (the first layer of its group).
+
+    The drift is that from X to the input before rounding.
+    """
+    recorder = Recorder(name, block, list(readers))
+    sets = tuple(f"{name}.{inside}." for inside in stacks_of(block))
+    found: dict[str, InputStats] = {}
+    try:
+        for index, sample in enumerate(samples):
+            chain.run(block, index)
+            for reader, x in recorder.inputs.items():
+                activation, fields = readers[reader]
+                rows = activation.rotated(x if x.dim() == 3 else x.view(1, -1, x.shape[-1]))
+                mask = routed_mask(reader, recorder.routes, sample) if reader.startswith(sets) else mask_for(x, sample)
+                stats = found.setdefault(reader, InputStats.empty(x.shape[-1], x.device, drift=True))
+                stats.add(activation.quantize(rows, fields), rows, mask)
+            recorder.clear()
+    finally:
+        recorder.close()
+    for reader, stats in found.items():
+        stats.finish()
+        stats.inputs = readers[reader][1]
+    return found
 
 
 @torch.no_grad()

@@ -172,7 +172,11 @@ def one_scheme(targets: Sequence[Target]) -> bool:
 
 
 def quantization_config(layers: Mapping[str, Target], kept: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` section. `kept`: linears left in float, by disk name; they win over the rules."""
+    """The `quantization_config` section. `kept`: linears left in float, by disk name; they win over the rules.
+
+    Two more keys where they apply: `bias` lists layers that have a bias although the model's class makes them without one,
+    `softmax` gives the bits of attention probabilities.
+    """
     return {"quant_method": METHOD, "version": VERSION, "float": list(kept), "rules": rules_for(layers)}
 
 
@@ -184,6 +188,11 @@ def scheme_of(config: Mapping[str, Any], name: str) -> tuple[Format, Activation]
         if fnmatchcase(name, rule["match"]):
             return from_config(rule["format"]), activation.from_config(rule["activation"])
     return None
+
+
+def has_bias(config: Mapping[str, Any], name: str, module: nn.Module) -> bool:
+    """Whether the packed layer with that name on disk has a bias: its float `module` has one, or it was given one."""
+    return getattr(module, "bias", None) is not None or name in config.get("bias", ())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -206,6 +215,13 @@ def require_version(section: Mapping[str, Any]) -> None:
         raise ValueError(f"checkpoint format version {version!r} is unknown; this lowbit reads version {VERSION}; upgrade it")
     if not isinstance(section.get("rules"), list) or not section["rules"]:
         raise ValueError("quantization_config holds no rules; config.json is damaged, quantize again")
+    if softmax_bits(section) not in (None, *range(2, 9)):
+        raise ValueError(f"quantization_config has softmax {section['softmax']}; its bits must be 2 to 8: quantize again")
+
+
+def softmax_bits(section: Mapping[str, Any]) -> Any:
+    """Bits of the codes of attention probabilities; None: they stay in float."""
+    return (section.get("softmax") or {}).get("bits")
 
 
 def layers_on_disk(tensors: Mapping[str, Entry]) -> list[str]:
@@ -222,6 +238,10 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
     # any field of a layer tells its name, so one that lost its codes is still found
     on_disk = match(model, layers, {name.rpartition(".")[0] for name in tensors}, least=1, suffix=".weight")
     shapes = {on_disk.get(name, name): size_of(module) for name, module in layers.items()}
+    for name in section.get("bias", ()):
+        entry = tensors.get(f"{name}.bias")
+        if name not in shapes or entry is None or entry.shape != shapes[name][:1] or not entry.dtype.is_floating_point:
+            raise ValueError(f"{name}.bias is not the bias that config.json says this layer has; quantize again")
     for name, (n, k) in shapes.items():
         scheme = scheme_of(section, name)
         if scheme is None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.calibrate import Chain, Sample, advance, capture, catch
+from quant.calibrate import Chain, Sample, advance, capture, catch, recapture
 from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
 from quant.kernels.activation import Activation
@@ -102,7 +102,7 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
     passes, weights = plan.recipe.build_passes(), plan.weights()
     total = sum(len(stack.blocks) for stack in plan.stacks)
     reports = [BlockReport(**r | {"layers": [LayerReport(**x) for x in r["layers"]]}) for r in work.reports]
-    kinds = ["quant", "float"] if any(isinstance(step, Corrector) for step in passes) else ["quant"]
+    kinds = ["quant", "float"] if any(isinstance(step, Corrector) and step.needs_float for step in passes) else ["quant"]
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside)]
     first_block = 0
@@ -147,10 +147,15 @@ def run_block(
     params = [n for n, _ in block.named_parameters()]
     materialize(block, params, f"{name}.", weights, plan.disk, torch.float32, device)
     targets = {n: t for n, t in plan.targets.items() if n.startswith(f"{name}.")}
+    for target in targets.values():
+        if target.new_bias:
+            linear = block.get_submodule(target.name.removeprefix(f"{name}."))
+            linear.bias = nn.Parameter(torch.zeros(target.n, device=device), requires_grad=False)
 
     running = copy.deepcopy(block).to(COMPUTE)
+    kept = max(step.rows for step in passes)
     least = plan.recipe.calibration.expert_tokens
-    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples, least)
+    groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples, least, kept)
     del running
 
     view = BlockView(
@@ -167,26 +172,43 @@ def run_block(
             refused |= step.apply(view)
     layers: list[LayerReport] = []
     fields: Fields = {}
-    for group in groups:
-        for members in same_scheme(group, targets):
-            for target, packed, report in quantize_members(view, group, members, passes):
-                layers.append(report)
-                install(block, target, packed, name)
-                disk = plan.layer_on_disk(target.name)
-                fields |= {f"{disk}.{key}": value.cpu() for key, value in packed.items()}
-    for param in sorted(view.changed - {f"{t}.weight" for t in targets}):
+    shares = [
+        (group, members, group.stats.rotated(members[0].activation.rotate))
+        for group in groups
+        for members in same_scheme(group, targets)
+    ]
+    if any(step.rounded for step in passes):
+        running = copy.deepcopy(block).to(COMPUTE)
+        with_data = [(members, stats) for _, members, stats in shares if stats.data]
+        readers = {m[0].name: (m[0].activation, stats.fitted(m[0].activation)) for m, stats in with_data}
+        seen = recapture(name, running, readers, chains["quant"], samples)
+        del running
+        shares = [(group, members, seen.get(members[0].name, stats)) for group, members, stats in shares]
+    for group, members, stats in shares:
+        for target, packed, report in quantize_members(view, group, members, stats, passes):
+            layers.append(report)
+            install(block, target, packed, name)
+            disk = plan.layer_on_disk(target.name)
+            fields |= {f"{disk}.{key}": value.cpu() for key, value in packed.items()}
+    created = {f"{t.name}.bias": f"{plan.layer_on_disk(t.name)}.bias" for t in targets.values() if t.new_bias}
+    for param in sorted((view.changed | created.keys()) - {f"{t}.weight" for t in targets}):
         value = view.block.get_parameter(param.removeprefix(f"{name}."))
-        fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
+        if param in created:
+            fields[created[param]] = value.detach().to(weights.dtype(created[param].removesuffix("bias") + "weight")).cpu()
+        else:
+            fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
     advance(block.to(COMPUTE), chains["quant"])
     return BlockReport(name, time.monotonic() - began, layers, refused), fields
 
 
 def quantize_members(
-    view: BlockView, group: InputGroup, members: list[Target], passes: list[BasePass]
+    view: BlockView, group: InputGroup, members: list[Target], stats: InputStats, passes: list[BasePass]
 ) -> list[tuple[Target, Fields, LayerReport]]:
-    """Quantize the layers of one input group that share a scheme, as one tall matrix: rows do not depend on each other."""
+    """Quantize the layers of one input group that share a scheme, as one tall matrix: rows do not depend on each other.
+
+    stats: of the tokens after the rotation of the scheme's activation rule.
+    """
     fmt, activation = members[0].format, members[0].activation
-    stats = group.stats.rotated(activation.rotate)
     weight = by_matrix(torch.cat([view.linear(t.name).weight for t in members]), activation.rotate)
     aim = weight
     for step in passes:
@@ -231,7 +253,7 @@ def zero_fractions(stats: InputStats, activation: Activation, inputs: Fields) ->
     if activation.name == "none" or not stats.data:
         return None
     tokens = torch.cat(stats.rows)
-    before = tokens if stats.divided is None else tokens * stats.divided
+    before = tokens if stats.divided is None else tokens * stats.divided + stats.offset
     plain = replace(activation, rotate=0)
     served = activation.quantize(by_matrix(tokens, activation.rotate), inputs)
     alone = plain.quantize(before, plain.fit(before, before.abs().amax(0)))

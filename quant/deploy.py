@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quant.checkpoint import check_layers, read_config, scheme_of
+from quant.checkpoint import check_layers, has_bias, read_config, scheme_of
 from quant.embedding import size_of
 from quant.kernels.dispatch import MatmulSpec
 from quant.models import index, model_class
@@ -54,7 +54,7 @@ def shapes_of(folder: Path) -> tuple[dict[Shape, int], torch.dtype]:
         module = model.get_submodule(name)
         n, k = size_of(module)
         spec = MatmulSpec(n=n, k=k, format=scheme[0], activation=scheme[1], device="cuda")
-        shape = Shape(spec=spec, bias=getattr(module, "bias", None) is not None)
+        shape = Shape(spec=spec, bias=has_bias(section, on_disk[name], module))
         found[shape] = found.get(shape, 0) + 1
     return found, config.dtype or torch.float32
 

@@ -1,4 +1,5 @@
-"""Channel folds: divide channel j where it is made by r[j], multiply where it is read. The block's output must not move.
+"""Channel folds: divide channel j where it is made by r[j] and shift it, undo both where it is read. The block's output must
+not move.
 
 Who made a tensor is found while the block runs (a norm's output is the very tensor a linear reads) or by name for
 linear -> linear pairs. Whether the fold is legal is not assumed: the block runs before and after, and a fold that changes
@@ -72,8 +73,11 @@ class BlockView:
         except AttributeError:
             return None
 
-    def fold(self, group: InputGroup, r: Tensor) -> str | None:
-        """Divide the group's input channels by r [K] at their maker; returns why it was refused, or None."""
+    def fold(self, group: InputGroup, r: Tensor, shift: Tensor | None = None) -> str | None:
+        """Make the group's input X / r - shift, [K] each, where it is made; returns why it was refused, or None.
+
+        W r then reads it, and adds W r shift to its bias. A shift needs a bias at the maker and at every reader.
+        """
         maker_name = self.maker_of(group)
         if maker_name is None:
             return "no norm or linear in the block makes its input"
@@ -84,30 +88,50 @@ class BlockView:
         if shared is None:
             return f"{maker_name} makes {len(weight)} channels, {len(r)} are read"
         at_maker, r = shared
+        if shift is not None and (reason := self.refuses_shift(group, maker_name, len(r))):
+            return reason
         if not isinstance(maker, nn.Linear):  # a norm takes its rounding on disk now, and the readers undo just that
             stored = (weight / r).to(self.stored_dtype(f"{maker_name}.weight")).float()
             at_maker = r = torch.where(stored != 0, weight / stored, r)
+            if shift is not None:
+                assert isinstance(bias, Tensor)
+                shift = bias / r - (bias / r - shift).to(self.stored_dtype(f"{maker_name}.bias")).float()
         assert self.reference.isfinite().all(), self.name  # also runs the block before the first fold touches it
         touched: dict[str, Any] = {f"{maker_name}.weight": weight, f"{maker_name}.bias": bias}
         touched |= {f"{name}.weight": self.linear(name).weight for name in group.names}
+        if shift is not None:
+            touched |= {f"{name}.bias": self.linear(name).bias for name in group.names}
         saved: dict[str, tuple[Tensor, Tensor]] = {
             name: (p, p.detach().clone()) for name, p in touched.items() if p is not None
         }
         for name, (param, _) in saved.items():
             if name.startswith(f"{maker_name}."):
                 param.data /= at_maker.view(-1, *[1] * (param.dim() - 1))
+                if shift is not None and param is bias:
+                    param.data -= shift
                 if not isinstance(maker, nn.Linear):
                     param.data = param.data.to(self.stored_dtype(name)).float()
-            else:
+            elif name.endswith(".weight"):
                 param.data *= r
+        if shift is not None:
+            for name in group.names:
+                self.linear(name).bias.data += self.linear(name).weight @ shift
         moved = float((self.run() - self.reference).norm() / self.reference.norm().clamp_min(1e-12))
         if not moved < TOLERANCE:
             for param, old in saved.values():
                 param.data = old
             return f"it changes the block's output by {moved:.1e} of its norm"
-        group.stats.divide_channels(r)
+        group.stats.follow(r, shift)
         self.changed |= saved.keys()
         return None
+
+    def refuses_shift(self, group: InputGroup, maker: str, width: int) -> str | None:
+        """Why the maker's channels, `width` as they are read, cannot be shifted, or None."""
+        bias = getattr(self.module(maker), "bias", None)
+        if bias is None or len(bias) != width:
+            return f"{maker} has no bias of {width} channels to shift them by"
+        bare = next((name for name in group.names if self.linear(name).bias is None), None)
+        return None if bare is None else f"{bare} has no bias to undo a shift in"
 
 
 def share_over_heads(r: Tensor, width: int, parent: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -80,6 +80,8 @@ class Plan:
             layer = name.removesuffix(".weight")
             for key, (shape, dtype) in target.fields().items():
                 out.append(Piece(f"{layer}.{key}", dtype, shape, made.get(f"{layer}.{key}")))
+            if target.new_bias:
+                out.append(Piece(f"{layer}.bias", entry.dtype, (target.n,), made.get(f"{layer}.bias")))
         return out
 
     def bytes_on_disk(self) -> int:
@@ -102,6 +104,10 @@ class Plan:
         kept = [self.layer_on_disk(name) for name in rest if f"{name}.weight" in self.disk]
         section = quantization_config(layers, [])
         section["float"] = [name for name in kept if scheme_of(section, name)]
+        if created := [name for name, target in layers.items() if target.new_bias]:
+            section["bias"] = created
+        if self.recipe.softmax is not None:
+            section["softmax"] = self.recipe.softmax.model_dump()
         return section
 
     def kernels(self, device: str) -> dict[str, tuple[int, dict[str, str]]]:

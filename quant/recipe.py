@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -45,13 +45,20 @@ class Rule(Frozen):
     activation: str | dict[str, Any] | None = None
 
 
+class Softmax(Frozen):
+    """Attention probabilities are rounded to powers of sqrt(2) of so many bits when the model runs; see kernels/softmax.py."""
+
+    bits: int = Field(default=4, ge=2, le=8)
+
+
 class Recipe(Frozen):
     """passes: name -> options, in order. format, activation: as their `config`. rules: the first that matches decides.
 
     bits: the most stored bits per weight; layers without a rule then get formats by their sensitivity (quant/budget.py).
     head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
     number of bits stands for int_group in groups of 64, symmetric with 8 bits. head_optional: a model whose head cannot be
-    packed keeps it in float, and the plan says so; an override of `head` makes it an error.
+    packed keeps it in float, and the plan says so; an override of `head` makes it an error. softmax: null leaves
+    attention in float.
     """
 
     name: str
@@ -63,6 +70,7 @@ class Recipe(Frozen):
     bits: float | None = Field(default=None, gt=0, le=16)
     head: dict[str, Any] | None = None
     head_optional: bool = False
+    softmax: Softmax | None = None
     calibration: Calibration = Calibration()
     seed: int = 0
 
@@ -87,8 +95,11 @@ class Recipe(Frozen):
         return built
 
     def quantizer(self) -> base.Quantizer:
-        """The one pass that chooses codes."""
-        found = [p for p in self.build_passes() if isinstance(p, base.Quantizer)]
+        """The one pass that chooses codes. Raises ValueError for none or several, and for several that move its target."""
+        passes = self.build_passes()
+        found = [p for p in passes if isinstance(p, base.Quantizer)]
+        if (movers := sum(isinstance(p, base.Corrector) for p in passes)) > 1:
+            raise ValueError(f"recipe {self.name} has {movers} passes that move the target, each by all that is lost; keep one")
         if len(found) != 1:
             raise ValueError(f"recipe {self.name} has {len(found)} quantizers; exactly one pass must choose the codes")
         return found[0]
@@ -130,7 +141,8 @@ def checked(cls: type[T], values: Mapping[str, Any], what: str) -> T:
             scope: type[BaseModel] = cls
             for part in path[:-1]:
                 inner = scope.model_fields[part].annotation if part in scope.model_fields else None
-                scope = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else Rule
+                models = (t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel))
+                scope = next(models, Rule)
             raise ValueError(f"{what} has no key {where!r}; {nearest(path[-1], scope.model_fields)}") from None
         given = f", given {first['input']!r}" if first["type"] != "missing" else ""
         raise ValueError(f"{what}: {where}: {first['msg'].lower()}{given}") from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from quant.kernels.activation import Activation
+from quant.kernels.format import Fields
 from quant.kernels.rotation import by_matrix, rotate_gram
 
 GRAM_BLOCK = 384
@@ -21,10 +23,12 @@ class InputStats:
     drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; None where no pass asks for it.
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
-    rows: a few whole tokens of each sequence, evenly spread: a list of [up to 8, K].
+    rows: a few whole tokens of each sequence, evenly spread: a list of [up to `kept`, K].
     tokens: tokens seen, padding excluded.
-    divided: what folds have divided the channels by since, [K]; None before the first.
+    divided, offset: what folds have done to the channels since: they were X divided + offset, [K]; None before the first.
     data: False where these were too few to go by: then gram is the identity, and errors of outputs are errors of weights.
+    total, drift_total: sums over tokens of X and of X_float - X, [K].
+    inputs: the tensors that the activation rule stores, where a pass has chosen them; None leaves that to the rule.
     """
 
     gram: Tensor
@@ -35,6 +39,11 @@ class InputStats:
     tokens: int = 0
     divided: Tensor | None = None
     data: bool = True
+    offset: Tensor | float = 0.0
+    kept: int = ROWS_KEPT
+    total: Tensor | None = None
+    drift_total: Tensor | None = None
+    inputs: Fields | None = None
 
     @classmethod
     def without_data(cls, k: int, device: torch.device, tokens: int) -> InputStats:
@@ -42,9 +51,11 @@ class InputStats:
         return cls(torch.eye(k, device=device), tokens=tokens, data=False)
 
     @classmethod
-    def empty(cls, k: int, device: torch.device, drift: bool) -> InputStats:
+    def empty(cls, k: int, device: torch.device, drift: bool, kept: int = ROWS_KEPT) -> InputStats:
         """Before the first token. drift: whether `add` will be given the float chain."""
-        return cls(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device) if drift else None)
+        total = torch.zeros(k, device=device)
+        stats = cls(torch.zeros(k, k, device=device), kept=kept, total=total)
+        return replace(stats, drift=torch.zeros_like(stats.gram), drift_total=total.clone()) if drift else stats
 
     def add(self, x: Tensor, x_float: Tensor | None, mask: Tensor | None) -> None:
         """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding."""
@@ -53,18 +64,23 @@ class InputStats:
             here = x[row][keep].float()
             if not len(here):
                 continue
+            assert self.total is not None
             size = here.abs()
             self.sample_absmax.append(size.amax(0))
             self.token_absmax.append(size.amax(1))
-            self.rows.append(here[:: -(-len(here) // ROWS_KEPT)].clone())  # a view would keep all of `here`
+            self.rows.append(here[:: -(-len(here) // self.kept)].clone())  # a view would keep all of `here`
             self.tokens += len(here)
+            self.total += here.sum(0)
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)
                 self.gram[columns, start:].addmm_(here[:, columns].T, here[:, start:])
             if self.drift is not None:
                 assert x_float is not None
+                assert self.drift_total is not None
+                difference = x_float[row][keep].float() - here
+                self.drift_total += difference.sum(0)
                 # a small difference needs no float32: its own rounding is what a bfloat16 product loses
-                self.drift += (x_float[row][keep].float() - here).to(x.dtype).T @ here.to(x.dtype)
+                self.drift += difference.to(x_float.dtype).T @ here.to(x_float.dtype)
 
     def finish(self) -> None:
         """Complete the Gram matrix after the last `add`."""
@@ -86,6 +102,12 @@ class InputStats:
         rows = torch.cat(self.rows)
         return rows, torch.tensor([c for count in counts for c in count], device=rows.device)
 
+    def fitted(self, activation: Activation) -> Fields:
+        """The tensors that `activation` stores: those a pass has chosen, else those it fits; none without data."""
+        if self.inputs is not None:
+            return self.inputs
+        return activation.fit(torch.cat(self.rows), self.absmax) if self.data else {}
+
     def channel_quantile(self, q: float) -> Tensor:
         """Per channel, the q-quantile over samples of the sample's absmax: [K]. q = 0 is DGQ's minimum over samples."""
         return torch.stack(self.sample_absmax).quantile(q, dim=0)
@@ -96,23 +118,44 @@ class InputStats:
             return 0.0
         return float(torch.cat(self.token_absmax).quantile(q))
 
-    def divide_channels(self, r: Tensor) -> None:
-        """Follow a fold that divides channel j of X by r[j]."""
-        self.gram /= r.unsqueeze(0) * r.unsqueeze(1)
+    def follow(self, r: Tensor, shift: Tensor | None = None) -> None:
+        """Follow a fold that makes X / r - shift, [K] each, of X. After a shift channel maxima are those of the kept rows."""
+        self.inputs = None  # they were of X
+        both = r.outer(r)
+        self.gram /= both
         if self.drift is not None:
-            self.drift /= r.unsqueeze(0) * r.unsqueeze(1)
+            self.drift /= both
+        self.total, self.drift_total = (None if t is None else t / r for t in (self.total, self.drift_total))
         self.sample_absmax = [a / r for a in self.sample_absmax]
         self.rows = [x / r for x in self.rows]
         self.divided = r if self.divided is None else self.divided * r
+        if shift is None:
+            return
+        self.offset = self.offset + shift * self.divided
+        assert self.total is not None
+        cross = self.total.outer(shift)
+        self.gram += self.tokens * shift.outer(shift) - cross - cross.T
+        self.total = self.total - self.tokens * shift
+        if self.drift is not None:
+            assert self.drift_total is not None
+            self.drift -= self.drift_total.outer(shift)
+        self.rows = [x - shift for x in self.rows]
+        self.sample_absmax = [x.abs().amax(0) for x in self.rows]
 
     def rotated(self, size: int) -> InputStats:
         """What would have been seen of tokens rotated in blocks of `size`; channel maxima are those of the kept rows."""
         if not size or not self.data:
             return self
         rows = [by_matrix(x, size) for x in self.rows]
-        drift = None if self.drift is None else rotate_gram(self.drift, size)
-        maxima = [x.abs().amax(0) for x in rows]
-        return InputStats(rotate_gram(self.gram, size), drift, maxima, self.token_absmax, rows, self.tokens)
+        return replace(
+            self,
+            gram=rotate_gram(self.gram, size),
+            total=None if self.total is None else by_matrix(self.total, size),
+            drift=None if self.drift is None else rotate_gram(self.drift, size),
+            drift_total=None if self.drift_total is None else by_matrix(self.drift_total, size),
+            sample_absmax=[x.abs().amax(0) for x in rows],
+            rows=rows,
+        )
 
     def require_finite(self, names: list[str]) -> None:
         """Raise ValueError naming the layers whose inputs held a NaN or an infinity, or that saw no token at all."""

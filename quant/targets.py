@@ -28,6 +28,7 @@ OUTSIDE = "outside the blocks (head or projector)"
 class Target:
     """One linear to pack. note: what differs from the recipe and why. pinned: a rule gives its format.
 
+    new_bias: it gets a bias that the float layer lacks.
     family: equal for layers that must share one scheme, because serving stacks fuse them; see `family_of`.
     """
 
@@ -40,6 +41,7 @@ class Target:
     note: str = ""
     pinned: bool = False
     family: str = ""
+    new_bias: bool = False
 
     def fields(self) -> dict[str, Field]:
         """Name -> shape and dtype of every stored tensor."""
@@ -75,6 +77,9 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
     head_format = recipe.head_format()
     head = None if head_format is None else find_head(model)
     table = None if head_format is None or head is None else table_for(model, head, head_format)
+    shifted: tuple[str, ...] = ()
+    if any(step.shifts for step in recipe.build_passes()):
+        shifted = tuple(block for block in blocks if has_shifted_norm(model.get_submodule(block.removesuffix("."))))
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
@@ -91,7 +96,8 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
             kept[name] = "chooses or weighs experts"
             continue
         target = target_for(name, module, base, recipe.activation_of(rule), rule, quantizer)
-        targets[name] = replace(target, family=family_of(name, experts))
+        new_bias = module.bias is None and name.startswith(shifted)
+        targets[name] = replace(target, family=family_of(name, experts), new_bias=new_bias)
     for i, rule in enumerate(recipe.rules):
         if i not in used:
             known = ", ".join(list(targets)[:3])
@@ -105,6 +111,12 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
 def matching(rules: Sequence[Rule], name: str) -> tuple[int, Rule | None]:
     """The first rule that matches a layer's name, and its place; (-1, None) where none does."""
     return next(((i, rule) for i, rule in enumerate(rules) if fnmatchcase(name, rule.match)), (-1, None))
+
+
+def has_shifted_norm(block: nn.Module) -> bool:
+    """Whether a norm of the block adds a bias, into which a pass could fold a shift."""
+    found = (m for m in block.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 1)
+    return any(getattr(norm, "bias", None) is not None for norm in found)
 
 
 def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.calibrate import Chain, Recorder, Sample, advance, capture, catch
+from quant.calibrate import Chain, Recorder, Sample, advance, capture, catch, recapture
 from quant.folds import InputGroup
+from quant.kernels.activations.int_static import IntStatic
 from quant.stacks import Stack, find_stacks
 from quant.stats import GRAM_BLOCK, InputStats
 
@@ -200,18 +201,40 @@ def test_masks_are_found_by_length() -> None:
     assert close(masked.stats.gram, gram(normed[mask]))
 
 
-def test_following_a_fold_divides_channels() -> None:
-    x, x_float, r = torch.randn(1, 30, 8), torch.randn(1, 30, 8), torch.rand(8) + 0.5
+@pytest.mark.parametrize("shifted", [False, True])
+def test_following_a_fold_divides_and_shifts_channels(shifted: bool) -> None:
+    x, x_float, r = torch.randn(1, 8, 8), torch.randn(1, 8, 8), torch.rand(8) + 0.5
+    shift = torch.randn(8) if shifted else None
     stats, wanted = InputStats.empty(8, torch.device("cpu"), drift=True), InputStats.empty(8, torch.device("cpu"), drift=True)
     stats.add(x, x_float, None)
     stats.finish()
-    stats.divide_channels(r)
-    wanted.add(x / r, x_float / r, None)
+    stats.follow(r, shift)
+    moved = torch.zeros(8) if shift is None else shift
+    wanted.add(x / r - moved, x_float / r - moved, None)
     wanted.finish()
     assert close(stats.gram, wanted.gram)
     assert close(stats.drift, wanted.drift)
+    assert close(stats.total, wanted.total)
+    assert torch.allclose(stats.drift_total, wanted.drift_total, atol=1e-5)
     assert torch.allclose(stats.absmax, wanted.absmax)
-    assert torch.allclose(torch.cat(stats.rows), torch.cat(wanted.rows))
+    assert torch.allclose(torch.cat(stats.rows), torch.cat(wanted.rows), atol=1e-6)
+    assert torch.allclose(torch.cat(stats.rows) * stats.divided + stats.offset, x[0], atol=1e-5)
+
+
+def test_rounded_inputs_are_what_is_summed_in_a_second_capture() -> None:
+    """Of a linear that reads the block's input: the Gram matrix of its codes, and the drift from them."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    x, rule = torch.randn(2, 5, 8), IntStatic(bits=4, rotate=4)
+    turned = rule.rotated(x)
+    fields = rule.fit(turned, turned)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    stats = recapture("b", block, {"b.0": (rule, fields)}, Chain([x], [((), {})]), [Sample({}, {5: mask})])["b.0"]
+    seen = rule.quantize(turned, fields)[mask]
+    assert close(stats.gram, gram(seen))
+    assert close(stats.drift, (turned[mask] - seen).T @ seen)
+    assert stats.inputs is fields
+    assert stats.tokens == 8
 
 
 def test_a_linear_that_is_never_reached_is_named() -> None:

@@ -95,6 +95,36 @@ def test_a_norm_takes_the_rounding_of_its_checkpoint_and_the_readers_undo_it(lla
     assert moved(view, before) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_shift_goes_into_the_norm_and_out_of_the_readers(dtype: torch.dtype) -> None:
+    """Whatever dtype the norm is stored in: its rounding is what the readers undo."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 24)).requires_grad_(False)
+    block[0].bias.data = torch.randn(32).to(dtype).float()
+    chain = Chain([torch.randn(1, 40, 32)], [((), {})])
+    view = view_of("block", block, chain, dtype)
+    before, r, shift = view.run(), torch.rand(32) + 0.5, 3 * torch.randn(32)
+    old = parameters(view)
+    assert view.fold(view.groups[0], r, shift) is None
+    assert moved(view, before) < 1e-5
+    new = parameters(view)
+    assert torch.allclose(new["0.bias"], old["0.bias"] / r - shift, rtol=1e-2, atol=2e-2)
+    assert torch.equal(new["0.bias"], new["0.bias"].to(dtype).float())
+    assert view.changed == {"block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias"}
+    stats, again = view.groups[0].stats, view_of("block", block, chain, dtype).groups[0].stats
+    assert float((stats.gram - again.gram).norm() / again.gram.norm()) < 1e-5
+    assert torch.allclose(stats.total, again.total, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(torch.cat(stats.rows), torch.cat(again.rows), atol=1e-4)
+
+
+def test_a_shift_without_a_bias_to_take_it_is_refused(llama_block: Open) -> None:
+    view = llama_block()
+    before = parameters(view)
+    assert "input_layernorm has no bias" in str(view.fold(view.groups[0], torch.ones(64), torch.ones(64)))
+    assert all(torch.equal(value, before[name]) for name, value in parameters(view).items())
+    assert view.changed == set()
+
+
 def test_query_heads_that_share_a_value_head_share_a_factor(llama_block: Open) -> None:
     view = llama_block()
     before, old, r = view.run(), parameters(view), torch.rand(64) * 3 + 0.2

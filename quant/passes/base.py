@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,7 @@ from quant.kernels.activation import Activation
 from quant.kernels.format import Codes, Fields, Format
 from quant.rounding import descend, gptq_codes
 from quant.search import shrunk
-from quant.stats import InputStats
+from quant.stats import ROWS_KEPT, InputStats
 
 if TYPE_CHECKING:
     from quant.folds import BlockView
@@ -33,6 +33,13 @@ class BasePass(BaseModel):
     """Options of a pass; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    rows: ClassVar[int] = ROWS_KEPT  # tokens of each sequence that it wants to see whole
+    shifts: ClassVar[bool] = False  # whether it may shift inputs, so that every reader of a shifted norm needs a bias
+
+    @property
+    def rounded(self) -> bool:
+        """Whether passes after the transforms shall see statistics of the inputs as packed layers read them: rounded."""
+        return False
 
 
 class Transform(BasePass, ABC):
@@ -45,6 +52,11 @@ class Transform(BasePass, ABC):
 
 class Corrector(BasePass, ABC):
     """Moves the quantizer's target."""
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether `stats.drift` must be that to the float chain."""
+        return True
 
     @abstractmethod
     def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
@@ -67,8 +79,7 @@ class Quantizer(BasePass, ABC):
 
         A method that chooses the two together overrides this.
         """
-        codes = self.quantize(weight, stats, fmt)
-        return codes, activation.fit(torch.cat(stats.rows), stats.absmax) if stats.data else {}
+        return self.quantize(weight, stats, fmt), stats.fitted(activation)
 
 
 class Choice(NamedTuple):

@@ -23,9 +23,12 @@ from quant.runtime.session import Session, SpeechSession, graph
 def refuses(model: Any) -> str | None:
     """Why `model` cannot be compiled, or None."""
     from quant.kernels.cpu import library
+    from quant.serve import softmax
 
     if model.device.type != "cpu":
         return f"it is on {model.device}; compiled are models on the CPU"
+    if str(model.config._attn_implementation).startswith(softmax.PREFIX):
+        return "its attention probabilities are quantized; compiled are models with float attention"
     try:
         library.load()
     except library.Unavailable as error:

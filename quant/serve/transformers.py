@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, require_version, scheme_of
+from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, has_bias, require_version, scheme_of, softmax_bits
 from quant.embedding import PackedEmbedding, install, packable, replace, size_of
 from quant.experts import unstack
 from quant.linear import PackedLinear
@@ -70,7 +70,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 table = PackedEmbedding(k, n, *scheme, bias=False, device=weight.device, dtype=weight.dtype)
                 install(model, name, table)
             else:
-                bias = getattr(module, "bias", None) is not None
+                bias = has_bias(section, names.get(name, name), module)
                 replace(model, name, PackedLinear(k, n, *scheme, bias=bias, device=weight.device, dtype=weight.dtype))
             replaced.append(name)
         if not replaced:
@@ -90,7 +90,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.require_valid(name)
                 module.requires_grad_(False)  # transformers has made the bias trainable
         from quant.kernels.cpu import library
-        from quant.serve import attention, pointwise  # not above: model code may be half imported when this file is
+        from quant.serve import attention, pointwise, softmax  # not above: model code may be half imported when this file is
 
         link(model)
         if model.device.type == "cpu" and library.available():
@@ -98,6 +98,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             if model.config._attn_implementation == "sdpa":
                 attention.register()
                 model.set_attn_implementation(attention.NAME)
+        bits = softmax_bits(self.quantization_config.section)
+        if bits is not None:
+            model.set_attn_implementation(softmax.register(bits))
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
