@@ -27,7 +27,13 @@ class Pass(Corrector):
     def correct(self, weight: Tensor, stats: InputStats) -> Tensor:
         if stats.drift is None:
             return weight
-        ridge = self.damp * stats.gram.diagonal().mean().clamp_min(1e-12)
-        factor = torch.linalg.cholesky(stats.gram + ridge * torch.eye(len(stats.gram), device=weight.device))
-        moved: Tensor = torch.cholesky_solve((weight @ stats.drift).T, factor).T  # W D (H + ridge)^-1
-        return weight + self.strength * moved
+        return weight + self.strength * ridge_move(weight, stats, self.damp)
+
+
+def ridge_move(weight: Tensor, stats: InputStats, damp: float) -> Tensor:
+    """W D (H + damp * mean(diag H) * I)^-1, [N, K]: how the weight has to move to meet the output that the drift D leads to."""
+    assert stats.drift is not None
+    ridge = damp * stats.gram.diagonal().mean().clamp_min(1e-12)
+    factor = torch.linalg.cholesky(stats.gram + ridge * torch.eye(len(stats.gram), device=weight.device))
+    moved: Tensor = torch.cholesky_solve((weight @ stats.drift).T, factor).T
+    return moved
