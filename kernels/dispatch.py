@@ -65,6 +65,10 @@ class Kernel(ABC):
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         """x [M, K] float32, bfloat16 or float16, contiguous, rotated before -> [M, N] in its dtype; rounds x if asked to."""
 
+    def unpacked(self, prepared: Prepared, spec: MatmulSpec) -> tuple[Kernel, Prepared]:
+        """A kernel, and its tensors, whose results are the same bits, and which may take as much memory as a float weight."""
+        return self, prepared
+
     def join(self, prepared: Sequence[Prepared]) -> tuple[Prepared, list[Prepared]] | None:
         """Layers of one K and format as one weight in its final place, and each layer's part of it, sharing memory.
 

@@ -28,8 +28,25 @@ class Reference(Kernel):
         return dict(zip(spec.fields(), prepared, strict=True))
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
-        fmt = spec.format
-        fields = self.restore(prepared, spec)
-        weight = fmt.dequantize(fmt.unpack(fields, spec.n, spec.k))
-        y = nn.functional.linear(spec.activation.quantize(x, fields), weight, None if bias is None else bias.float())
-        return y.to(x.dtype)
+        return DECODED.matmul(x, self.unpacked(prepared, spec)[1], bias, spec)
+
+    def unpacked(self, prepared: Prepared, spec: MatmulSpec) -> tuple[Kernel, Prepared]:
+        weight = spec.format.dequantize(spec.format.unpack(self.restore(prepared, spec), spec.n, spec.k))
+        return DECODED, (*prepared, weight)
+
+
+class Decoded(Reference):
+    """The second half of the reference kernel, its weight decoded before; never chosen for a layer that stays in memory."""
+
+    def unpacked(self, prepared: Prepared, spec: MatmulSpec) -> tuple[Kernel, Prepared]:
+        return self, prepared
+
+    def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
+        return super().restore(prepared[:-1], spec)
+
+    def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
+        tokens = spec.activation.quantize(x, self.restore(prepared, spec))
+        return nn.functional.linear(tokens, prepared[-1], None if bias is None else bias.float()).to(x.dtype)
+
+
+DECODED = Decoded()

@@ -281,7 +281,7 @@ def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None
             f"{target.name} has weights up to {float(old.weight.abs().max()):.3g}, which {target.format.name} cannot hold; "
             f"leave it in float with the rule {{match: {target.name}, skip: true}}"
         ) from error
-    layer.adopt(layer.bound()[1])  # it runs once: not worth a copy in huge pages, whose chunks would outlive the block
+    layer.unpack()  # for one pass over the data; not worth a copy in huge pages either, whose chunks would outlive the block
     setattr(owner, leaf, layer)
 
 

@@ -123,6 +123,12 @@ class PackedLinear(nn.Module):
         """Go on with equal tensors in their final place."""
         self._prepared, self._placed = prepared, True
 
+    def unpack(self) -> None:
+        """Go on with a kernel that gives the same bits and may take a float weight's memory: for many runs in a short life."""
+        kernel, prepared, spec = self.bound()
+        self.kernel, prepared = kernel.unpacked(prepared, spec)
+        self.adopt(prepared)
+
     def unbind(self) -> None:
         """Back to canonical tensors as buffers."""
         if self.kernel is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels.activation import Activation
+from quant.kernels.activations.int4_group import Int4Group
 from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.format import Format
@@ -41,6 +42,20 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )
+
+
+@pytest.mark.parametrize(("fmt", "activation"), [*SCHEMES, (IntGroup(bits=6, group=32), Int4Group())], ids=str)
+def test_unpacked_it_gives_the_same_bits_and_bytes(fmt: Format, activation: Activation) -> None:
+    layer, other = make(fmt, activation), make(fmt, activation)
+    other.unpack()
+    x = torch.randn(7, K)
+    assert torch.equal(layer(x), other(x))
+    assert same(canonical(layer), canonical(other))
+    if layer.kernel is not None and layer.kernel.name == "reference":
+        assert any(torch.equal(t, layer.weight) for t in other.bound()[1] if t.shape == (N, K))
+    other.unpack()
+    other.unbind()
+    assert same(canonical(layer), canonical(other))
 
 
 @pytest.mark.parametrize(("fmt", "activation"), SCHEMES, ids=str)
