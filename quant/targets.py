@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -133,12 +133,15 @@ def table_for(model: nn.Module, head: Head, fmt: Format) -> Target:
     return Target(head.table, n, k, linear.bias is not None, fmt, Unquantized(), note)
 
 
-def fitted(name: str, fmt: Format, k: int, advice: str) -> tuple[Format, str]:
-    """`fmt` with its group fitted to K, and a note where that changed it; a format without that parameter stays.
+Scheme = TypeVar("Scheme", Format, Activation)
+
+
+def fitted(name: str, fmt: Scheme, k: int, advice: str) -> tuple[Scheme, str]:
+    """`fmt` with its group fitted to K, and a note where that changed it; one without that parameter stays.
 
     Raises ValueError, ending in `advice`, where no group fits.
     """
-    asked: Any = fmt.config().get("group", -1)
+    asked: Any = vars(fmt).get("group", -1)
     group = fit_group(asked, k)
     if group is None:
         raise ValueError(f"{name} has K = {k}, which no multiple of 16 up to group {asked} divides; {advice}")
@@ -164,6 +167,8 @@ def target_for(
     if block != activation.rotate:
         note = "; ".join(filter(None, [note, f"rotated in blocks of {block}: {activation.rotate} does not divide K = {k}"]))
         activation = replace(activation, rotate=block if block > 1 else 0)
+    activation, fit = fitted(name, activation, k, f"add the rule {{match: {name}, activation: none}}")
+    note = "; ".join(filter(None, [note, fit and f"inputs: {fit}"]))
     pinned = rule is not None and bool(rule.format)
     target = Target(name, n, k, module.bias is not None, fmt, activation, note, pinned)
     reason = refusal(target, quantizer)

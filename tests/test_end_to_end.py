@@ -22,7 +22,7 @@ from quant.kernels.cpu import library
 from quant.linear import PackedLinear
 from quant.plan import make_plan
 from quant.recipe import available, load_recipe
-from quant.serve import attention, pointwise
+from quant.serve import attention, pointwise, softmax
 
 RECIPES = tuple(available())
 Packed = Callable[..., Path]
@@ -115,6 +115,46 @@ def int8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return (torch.round(args[0] * (1 / scale)).clamp(-127, 127) * scale, *args[1:])
 
 
+def static_input(scale: Tensor, zero: Tensor, bits: int) -> Any:
+    """Forward hook: codes 0 .. 2^bits - 1 of one step, with a zero for all channels or for each."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        codes = (torch.round(args[0] / scale) + zero).clamp(0, 2**bits - 1)
+        return ((codes - zero) * scale, *args[1:])
+
+    return hook
+
+
+def int4_group_input(group: int) -> Any:
+    """Forward hook: each group of channels on -8 .. 7 steps, its largest value or 0.9 of it at -8, whichever loses less."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        groups = args[0].unflatten(-1, (-1, group))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        whole = torch.where(high > -low, high, low) / -8
+        seen = [torch.round(groups / scale).clamp(-8, 7) * scale for scale in (whole, 0.9 * whole)]
+        lost = [(s - groups).square().sum(-1, keepdim=True) for s in seen]
+        return (torch.where(lost[1] < lost[0], seen[1], seen[0]).flatten(-2), *args[1:])
+
+    return hook
+
+
+def input_hook(rule: dict[str, Any], fields: dict[str, Tensor]) -> Any:
+    """The forward hook that rounds a layer's input as its rule in config.json says."""
+    match rule["name"]:
+        case "int8_token":
+            return int8_input
+        case "nvfp4":
+            return nvfp4_input(fields["input_global_scale"])
+        case "fp_shift":
+            return shifted_input(fields, rule["bits"])
+        case "int_static":
+            return static_input(fields["input_scale"], fields["input_zero"], rule["bits"])
+        case "int4_group":
+            return int4_group_input(rule["group"])
+    raise AssertionError(rule)
+
+
 def turn(x: Tensor, block: int) -> Tensor:
     """x [..., K], every block of channels by a Hadamard matrix, written as butterflies."""
     out, reach = x, 1
@@ -125,14 +165,14 @@ def turn(x: Tensor, block: int) -> Tensor:
     return out / block**0.5
 
 
-def twin(folder: Path, token_bits: int, rotate: int = 0) -> Any:
+def twin(folder: Path, rounded: bool = True) -> Any:
     """A float model that computes what the folder's tensors mean, without any code of this package for its linears.
 
     Norms, activations and attention are ours: their last bit moves an int8 code now and then, and they have tests of their own.
-    token_bits: of inputs, 0 for floats. rotate: largest block of the rotation of inputs; a layer has the largest power of two
-    that divides its K.
+    rounded: inputs are rounded as config.json says, not only rotated.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
+    section = config.quantization_config
     del config.quantization_config
     cls = getattr(transformers, config.architectures[0])
     model = cls._from_config(config, dtype=torch.float32).eval()
@@ -140,18 +180,21 @@ def twin(folder: Path, token_bits: int, rotate: int = 0) -> Any:
         pointwise.install(model)
         attention.register()
         model.set_attn_implementation(attention.NAME)
+    if section.get("softmax"):
+        model.set_attn_implementation(softmax.register(section["softmax"]["bits"]))
     tensors = stored(folder)
     state = {n: t.float() for n, t in tensors.items() if n in model.state_dict() and t.numel()}
     for name, module in model.named_modules():
         fields = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.rpartition(".")[0] == name}
         if "weight_packed" in fields:
             state[f"{name}.weight"] = decode(fields, module.in_features)
-            if block := min(rotate, module.in_features & -module.in_features):
+            scheme = checkpoint.scheme_of(section, name)
+            assert scheme is not None
+            rule = vars(scheme[1]) | {"name": scheme[1].name}
+            if block := rule["rotate"]:
                 module.register_forward_pre_hook(lambda module, args, block=block: (turn(args[0], block), *args[1:]))
-            if token_bits:
-                divisor = fields.get("input_global_scale")
-                hook = int8_input if divisor is None else nvfp4_input(divisor)
-                module.register_forward_pre_hook(shifted_input(fields, token_bits) if "input_shift" in fields else hook)
+            if rounded and rule["name"] != "none":
+                module.register_forward_pre_hook(input_hook(rule, fields))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= set(model._tied_weights_keys or ())
@@ -203,19 +246,20 @@ def test_loaded_model_computes_what_the_bytes_mean(
     packed: Packed, ids: Tensor, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed(recipe)
-    rule = load_recipe(recipe).activation_of(None)
-    token_bits, rotate = 0 if rule.name == "none" else getattr(rule, "bits", 8), rule.rotate
-    want = logits(twin(folder, token_bits, rotate), ids)
-    worst = worst_layer(quant.load(folder, dtype=torch.float32), twin(folder, token_bits, rotate), input_ids=ids)
+    loaded = load_recipe(recipe)
+    rules = [loaded.activation_of(rule) for rule in (None, *loaded.rules)]
+    activation, rotate = (any(rule.name != "none" for rule in rules), any(rule.rotate for rule in rules))
+    want = logits(twin(folder), ids)
+    worst = worst_layer(quant.load(folder, dtype=torch.float32), twin(folder), input_ids=ids)
     # a rotation is a sum, whose order of addition may put a value on the other side of a rounding boundary
-    assert worst < (1e-2 if token_bits and rotate else 1e-5)
+    assert worst < (1e-2 if activation and rotate else 1e-5)
     monkeypatch.setenv("LOWBIT_KERNEL", "reference")
     exact = logits(quant.load(folder, dtype=torch.float32), ids)
     if not rotate:
         assert float((exact - want).abs().max() / want.abs().max()) < 1e-6
     assert distance(exact, want) < 1e-2
-    if token_bits:  # float inputs are something else
-        assert distance(logits(twin(folder, 0, rotate), ids), want) > 1e-3
+    if activation:  # float inputs are something else
+        assert distance(logits(twin(folder, rounded=False), ids), want) > 1e-3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -360,7 +404,7 @@ def test_speech(packed_speech: Path, clips: Path) -> None:
     wave = torch.sin(torch.arange(16_000) / 9).numpy()
     inputs = processor(wave, sampling_rate=16_000, return_tensors="pt").input_features
     prompt = torch.tensor([[1, 2, 50, 60]])
-    assert worst_layer(model, twin(packed_speech, 8), input_features=inputs, decoder_input_ids=prompt) < 1e-5
+    assert worst_layer(model, twin(packed_speech), input_features=inputs, decoder_input_ids=prompt) < 1e-5
     assert model.generate(inputs, max_new_tokens=4).shape[0] == 1
 
 

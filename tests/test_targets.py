@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from quant.kernels.activations.int4_group import Int4Group
 from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.formats.fp4_block import Fp4Block
@@ -137,6 +138,15 @@ def test_blocks_of_a_fixed_length_are_not_refitted() -> None:
     said = refusal(model=Model(k=592), **fp4)  # 16 divides it, 32 does not
     assert said.startswith("layers.0.attn.q_proj cannot be quantized: mxfp4 has blocks of 32")
     assert said.endswith("add the rule {match: layers.0.attn.q_proj, skip: true}")
+
+
+def test_groups_of_inputs_are_fitted_to_k() -> None:
+    activation = {"name": "int4_group", "group": 128, "rotate": 64}
+    target = choose(activation=activation, model=Model(k=576)).targets["layers.0.attn.q_proj"]
+    assert target.activation == Int4Group(group=96, rotate=64)
+    assert target.note.endswith("inputs: group 96: 128 does not divide K = 576")
+    said = refusal(model=Model(k=584), activation=activation, format={"name": "int_group", "bits": 8, "group": -1})
+    assert said.endswith("add the rule {match: layers.0.attn.q_proj, activation: none}")
 
 
 def test_a_head_in_a_format_with_one_scale_for_all_rows_is_refused() -> None:
