@@ -7,9 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from quant.folds import BlockView
-from quant.passes.smooth import Pass, learned_factors, migration_factors, percentile_factors, served_error
+from quant.kernels.activations.int4_group import Int4Group
+from quant.kernels.formats.int_group import IntGroup
+from quant.passes.smooth import (
+    Pass,
+    balance_factors,
+    learned_factors,
+    migration_factors,
+    percentile_factors,
+    served_error,
+    served_output,
+)
+from quant.stats import InputStats
 
 
 @pytest.mark.parametrize(("channels", "rank"), [(4096, 21), (11008, 56), (64, 1), (100, 2)])
@@ -55,8 +67,49 @@ def test_smoothing_is_the_identity_on_the_product() -> None:
         assert torch.allclose((x / r) @ (w * r).T, x @ w.T)
 
 
+def uneven() -> tuple[InputStats, Tensor, Tensor]:
+    """Statistics, tokens [T, 256] and a weight [N, 256] whose channels differ by factors of e, and not alike."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 256, generator=generator) * torch.randn(256, generator=generator).exp()
+    w = torch.randn(60, 256, generator=generator) * torch.randn(256, generator=generator).exp()
+    return InputStats(x.T @ x, tokens=len(x)), x, w
+
+
+@pytest.mark.parametrize("size", [1, 16, 64, 256])
+def test_balance_is_least_for_blocks_of_any_size(size: int) -> None:
+    """A block loses (sum x_j^2 / r_j^2) (sum w_j^2 r_j^2), at its bound (sum |x_j| |w_j|)^2 here: no other r is below."""
+    stats, x, w = uneven()
+    power, columns = x.double().square().sum(0), w.double().square().sum(0)
+
+    def loss(r: Tensor) -> Tensor:
+        return ((power / r**2).view(-1, size).sum(1) * (columns * r**2).view(-1, size).sum(1)).sum()
+
+    r = balance_factors(stats, [w]).double()
+    bound = (power * columns).sqrt().view(-1, size).sum(1).square().sum()
+    assert float(loss(r) / bound) == pytest.approx(1, rel=1e-5)
+    if size > 1:
+        assert float(loss(torch.ones_like(r)) / bound) > 2
+    assert float(r.log().mean()) == pytest.approx(0, abs=1e-5)
+    weights = [torch.cat([w, torch.zeros(3, 256)]), 100 * w]  # a reader's size does not matter, nor what is zero
+    assert torch.allclose(balance_factors(stats, weights).double(), r, rtol=1e-4)
+
+
+def test_balance_serves_rotated_4_bit_inputs_better_and_leaves_silent_channels_alone() -> None:
+    stats, x, w = uneven()
+    rule, fmt = Int4Group(rotate=64), IntGroup(bits=4, group=64)
+    r = balance_factors(stats, [w])
+    lost = [float((served_output(x / s, w * s, fmt, rule) - x @ w.T).norm()) for s in (torch.ones_like(r), r)]
+    assert lost[1] < 0.8 * lost[0]
+    x[:, 4] = w[:, 9] = 0
+    r = balance_factors(InputStats(x.T @ x, tokens=len(x)), [w])
+    assert r.isfinite().all()
+    assert r[4] == r[9] == 1
+    assert torch.equal(balance_factors(InputStats(torch.zeros(256, 256)), [w]), torch.ones(256))
+
+
 @pytest.mark.parametrize(
-    "options", [{"top": 0.03}, {"method": "migrate"}, {"method": "migrate", "strength": 0.8}, {"method": "search"}]
+    "options",
+    [{"top": 0.03}, {"method": "migrate"}, {"method": "migrate", "strength": 0.8}, {"method": "balance"}, {"method": "search"}],
 )
 def test_a_llama_block_computes_what_it_did(options: dict[str, Any], view: Callable[[], BlockView]) -> None:
     block = view()
