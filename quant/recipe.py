@@ -37,9 +37,12 @@ class Calibration(Frozen):
 
 
 class Rule(Frozen):
-    """Layers whose name matches `match` (a shell pattern). skip leaves them in float; format and activation override."""
+    """Layers whose name matches `match`, a shell pattern or several. skip leaves them in float; format and activation override.
 
-    match: str
+    Of several patterns one must match, so that a rule may name what layers are called in one model and in another.
+    """
+
+    match: str | tuple[str, ...]
     skip: bool = False
     format: dict[str, Any] = {}
     activation: str | dict[str, Any] | None = None

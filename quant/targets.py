@@ -110,7 +110,11 @@ def select(model: nn.Module, stacks: list[Stack], recipe: Recipe) -> Selection:
 
 def matching(rules: Sequence[Rule], name: str) -> tuple[int, Rule | None]:
     """The first rule that matches a layer's name, and its place; (-1, None) where none does."""
-    return next(((i, rule) for i, rule in enumerate(rules) if fnmatchcase(name, rule.match)), (-1, None))
+    for index, rule in enumerate(rules):
+        patterns = (rule.match,) if isinstance(rule.match, str) else rule.match
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return index, rule
+    return -1, None
 
 
 def has_shifted_norm(block: nn.Module) -> bool:

@@ -264,10 +264,13 @@ def test_loaded_model_computes_what_the_bytes_mean(
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_result_is_close_to_the_float_model(packed: Packed, llama: Path, ids: Tensor, recipe: str) -> None:
-    """W8A8 tells: a norm that smoothing divided, but that is stored as it was, puts it at a distance of 1."""
+    """W8A8 tells: a norm that smoothing divided, but that is stored as it was, puts it at a distance of 1.
+
+    Four static bits, four for attention as well, are far off on random weights, whose logits are nearly as random.
+    """
     want = logits(transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), ids)
     got = logits(quant.load(packed(recipe), dtype=torch.float32), ids)
-    assert distance(got, want) < (0.06 if recipe == "w8a8" else 0.5)
+    assert distance(got, want) < {"w8a8": 0.06, "repquant-w4a4": 0.65}.get(recipe, 0.5)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

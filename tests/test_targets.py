@@ -140,6 +140,13 @@ def test_blocks_of_a_fixed_length_are_not_refitted() -> None:
     assert said.endswith("add the rule {match: layers.0.attn.q_proj, skip: true}")
 
 
+def test_a_rule_of_several_patterns_needs_one_that_matches() -> None:
+    targets = choose({"match": ["*.out_proj", "*.o_proj", "*.down_proj"], "format": {"bits": 8}}).targets
+    wide = {name for name, target in targets.items() if target.format == IntGroup(bits=8, group=target.format.group)}
+    assert wide == {name for name in targets if name.endswith(("o_proj", "down_proj"))} != set()
+    assert "decides no layer" in refusal({"match": ["*.out_proj", "*.fc2"], "skip": True})
+
+
 def test_groups_of_inputs_are_fitted_to_k() -> None:
     activation = {"name": "int4_group", "group": 128, "rotate": 64}
     target = choose(activation=activation, model=Model(k=576)).targets["layers.0.attn.q_proj"]

@@ -73,9 +73,9 @@ class IntStatic(Activation):
             raise ValueError(f"input_scale is {float(fields['input_scale'])}; it must be positive: quantize again")
 
 
-def evenly(count: int, device: torch.device) -> Tensor:
-    """Indices of up to SEARCHED of `count` tokens, evenly spread."""
-    return torch.linspace(0, count - 1, min(SEARCHED, count), device=device).round().long()
+def evenly(count: int, device: torch.device, most: int = SEARCHED) -> Tensor:
+    """Indices of up to `most` of `count` tokens, evenly spread."""
+    return torch.linspace(0, count - 1, min(most, count), device=device).round().long()
 
 
 def grid(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:

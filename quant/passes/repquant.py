@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from quant.folds import BlockView, InputGroup
-from quant.kernels.activations.int_static import IntStatic, evenly, grid, on_grid, search_ends
+from quant.kernels.activations.int_static import SEARCHED, IntStatic, evenly, grid, on_grid, search_ends
 from quant.kernels.rotation import by_matrix
 from quant.passes.base import Transform
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 RATIOS = tuple(1.0 - 0.025 * i for i in range(21))  # 1.0 down to 0.5
+GRID_TOKENS = 256  # that the two ends of a layer's one grid are searched on
 LARGEST_R = 100.0  # r stays in 1 / LARGEST_R .. LARGEST_R, so that a norm's weight stays in float16's range
 
 
 class Pass(Transform):
-    """clip: how the ends of a channel's range are found, `dual` starting from `percentile`."""
+    """For readers of int_static. clip: how the ends of a channel's range are found, `dual` starting from `percentile`."""
 
     rows: ClassVar[int] = 64
     shifts: ClassVar[bool] = True
@@ -42,6 +43,8 @@ class Pass(Transform):
             if not group.stats.data:
                 continue
             rule, *more = {view.schemes[name][1] for name in group.names}
+            if not any(isinstance(each, IntStatic) for each in (rule, *more)):
+                continue
             if more or not isinstance(rule, IntStatic):
                 given = " and ".join(map(str, (rule, *more)))
                 refused[group.names[0]] = f"its input is read by {given}, not by one int_static"
@@ -70,10 +73,10 @@ class Pass(Transform):
         return reason
 
 
-def searched(group: InputGroup) -> tuple[Tensor, Tensor]:
-    """Kept tokens [T, K], some of them where there are many, and how many tokens each stands for [T]."""
+def searched(group: InputGroup, most: int = SEARCHED) -> tuple[Tensor, Tensor]:
+    """Kept tokens [T, K], `most` of them where there are more, and how many tokens each stands for [T]."""
     x, counts = group.stats.sample()
-    some = evenly(len(x), x.device)
+    some = evenly(len(x), x.device, most)
     return x[some], counts[some]
 
 
@@ -151,7 +154,7 @@ def to_layer(scale: Tensor, zero: Tensor, middle: Tensor, levels: int) -> tuple[
 
 def layer_grid(view: BlockView, group: InputGroup, rule: IntStatic) -> dict[str, Tensor]:
     """Stored tensors of one grid for all channels, its ends searched for the readers' relative squared output error."""
-    x, counts = searched(group)
+    x, counts = searched(group, GRID_TOKENS)
     weights = [view.linear(name).weight for name in group.names]
     weight = torch.cat([w / (x @ w.T).norm().clamp_min(1e-15) for w in weights])
     x, weight = by_matrix(x, rule.rotate), by_matrix(weight, rule.rotate).T

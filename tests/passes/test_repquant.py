@@ -213,10 +213,17 @@ def test_a_norm_without_bias_takes_the_scale_alone(zeros: str, text: View) -> No
         assert zero.unique().numel() > 1
 
 
-def test_rotated_inputs_and_other_rules_are_reported(speech: View) -> None:
+def test_rotated_and_mixed_inputs_are_reported_and_other_rules_let_alone(speech: View) -> None:
     refused = Pass().apply(speech(IntStatic(bits=4, rotate=32)))
     assert set(refused) == {"layers.0.self_attn.q_proj", "layers.0.fc1"}
     assert all("rotated" in reason for reason in refused.values())
     view = speech(Int4Token())
-    assert len(Pass().apply(view)) == 4
+    assert Pass().apply(view) == {}
     assert all(group.stats.inputs is None for group in view.groups)
+    assert not view.changed
+    view = speech(IntStatic(bits=4))
+    mixed = view.groups[0].names[-1]
+    view.schemes[mixed] = (view.schemes[mixed][0], Int4Token())
+    refused = Pass().apply(view)
+    assert list(refused) == [view.groups[0].names[0]]
+    assert "not by one int_static" in refused[view.groups[0].names[0]]
