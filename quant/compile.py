@@ -180,9 +180,7 @@ def run_block(
     if any(step.rounded for step in passes):
         running = copy.deepcopy(block).to(COMPUTE)
         with_data = [(members, stats) for _, members, stats in shares if stats.data]
-        readers = {
-            members[0].name: (members[0].activation, stats.fields_for(members[0].activation)) for members, stats in with_data
-        }
+        readers = {m[0].name: (m[0].activation, stats.fitted(m[0].activation)) for m, stats in with_data}
         seen = recapture(name, running, readers, chains["quant"], samples)
         del running
         shares = [(group, members, seen.get(members[0].name, stats)) for group, members, stats in shares]

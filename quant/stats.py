@@ -102,6 +102,12 @@ class InputStats:
         rows = torch.cat(self.rows)
         return rows, torch.tensor([c for count in counts for c in count], device=rows.device)
 
+    def fitted(self, activation: Activation) -> Fields:
+        """The tensors that `activation` stores: those a pass has chosen, else those it fits; none without data."""
+        if self.inputs is not None:
+            return self.inputs
+        return activation.fit(torch.cat(self.rows), self.absmax) if self.data else {}
+
     def channel_quantile(self, q: float) -> Tensor:
         """Per channel, the q-quantile over samples of the sample's absmax: [K]. q = 0 is DGQ's minimum over samples."""
         return torch.stack(self.sample_absmax).quantile(q, dim=0)
@@ -135,12 +141,6 @@ class InputStats:
             self.drift -= self.drift_total.outer(shift)
         self.rows = [x - shift for x in self.rows]
         self.sample_absmax = [x.abs().amax(0) for x in self.rows]
-
-    def fields_for(self, activation: Activation) -> Fields:
-        """The tensors that an activation rule stores: those that a pass chose, else fitted to the tokens; none without data."""
-        if self.inputs is not None:
-            return self.inputs
-        return activation.fit(torch.cat(self.rows), self.absmax) if self.data else {}
 
     def rotated(self, size: int) -> InputStats:
         """What would have been seen of tokens rotated in blocks of `size`; channel maxima are those of the kept rows."""

@@ -144,10 +144,10 @@ def input_hook(rule: dict[str, Any], fields: dict[str, Tensor]) -> Any:
     match rule["name"]:
         case "int8_token":
             return int8_input
-        case "fp_shift":
-            return shifted_input(fields, rule["bits"])
         case "nvfp4":
             return nvfp4_input(fields["input_global_scale"])
+        case "fp_shift":
+            return shifted_input(fields, rule["bits"])
         case "int_static":
             return static_input(fields["input_scale"], fields["input_zero"], rule["bits"])
         case "int4_group":
@@ -246,8 +246,9 @@ def test_loaded_model_computes_what_the_bytes_mean(
     packed: Packed, ids: Tensor, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed(recipe)
-    rule = load_recipe(recipe).activation_of(None)
-    activation, rotate = rule.name != "none", rule.rotate
+    loaded = load_recipe(recipe)
+    rules = [loaded.activation_of(rule) for rule in (None, *loaded.rules)]
+    activation, rotate = (any(rule.name != "none" for rule in rules), any(rule.rotate for rule in rules))
     want = logits(twin(folder), ids)
     worst = worst_layer(quant.load(folder, dtype=torch.float32), twin(folder), input_ids=ids)
     # a rotation is a sum, whose order of addition may put a value on the other side of a rounding boundary

@@ -12,8 +12,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -81,7 +80,7 @@ class Quantizer(BasePass, ABC):
 
         A method that chooses the two together overrides this.
         """
-        return self.quantize(weight, stats, fmt), stats.fields_for(activation)
+        return self.quantize(weight, stats, fmt), stats.fitted(activation)
 
 
 class Choice(NamedTuple):
