@@ -93,18 +93,27 @@ def nvfp4_input(divisor: Tensor) -> Any:
     return hook
 
 
-def shifted_input(fields: dict[str, Tensor], bits: int) -> Any:
-    """Forward hook: each channel times its power of two, on the nearest small float under the token's largest, and back."""
-    values = small_floats(bits, int(fields["input_exponents"])).unique()
+def shifted_input(fields: dict[str, Tensor], rule: dict[str, Any]) -> Any:
+    """Forward hook: each channel times its power of two, on the nearest small float under the token's largest, and back.
+
+    Groups have scales of their own, short enough for scale times value to have 8 significant bits.
+    """
+    exponents = int(fields["input_exponents"])
+    values = small_floats(rule["bits"], exponents).unique()
     power = 2.0 ** fields["input_shift"].float()
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         moved = args[0] * power
-        scale = moved.abs().amax(-1, keepdim=True).clamp_min(1e-5) * fields["input_scale"]
-        above = torch.searchsorted(values, moved / scale).clamp(1, len(values) - 1)
+        groups = moved.unflatten(-1, (-1, moved.shape[-1] if rule["group"] == -1 else rule["group"]))
+        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-5) * fields["input_scale"]
+        if rule["group"] != -1:
+            bits = 7 - (rule["bits"] - 1 - exponents)
+            mantissa, exponent = torch.frexp(scale)
+            scale = torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
+        above = torch.searchsorted(values, groups / scale).clamp(1, len(values) - 1)
         low, high = values[above - 1], values[above]
-        nearest = torch.where((moved / scale) - low < high - (moved / scale), low, high)
-        return (nearest * scale / power, *args[1:])
+        nearest = torch.where((groups / scale) - low < high - (groups / scale), low, high)
+        return ((nearest * scale).flatten(-2) / power, *args[1:])
 
     return hook
 
@@ -147,7 +156,7 @@ def input_hook(rule: dict[str, Any], fields: dict[str, Tensor]) -> Any:
         case "nvfp4":
             return nvfp4_input(fields["input_global_scale"])
         case "fp_shift":
-            return shifted_input(fields, rule["bits"])
+            return shifted_input(fields, rule)
         case "int_static":
             return static_input(fields["input_scale"], fields["input_zero"], rule["bits"])
         case "int4_group":
@@ -285,7 +294,7 @@ def test_report_is_complete_and_no_worse_than_rounding(packed: Packed, recipe: s
     assert report["totals"]["weight_files_bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     assert all(0 <= layer["error"] < 0.5 and layer["rtn_error"] > 0 and layer["tokens"] == 512 for layer in layers)
     down = next(layer for layer in layers if layer["name"].endswith("down_proj"))
-    if load_recipe(recipe).format.get("group", -1) != -1 and recipe != "finequant":  # K = 96: the largest that fits is taken
+    if load_recipe(recipe).format.get("group") == 64 and recipe != "finequant":  # K = 96: the largest that fits is taken
         assert down["format"]["group"] == 48
         assert "48" in down["note"]
     error, rtn_error = (sum(layer[key] for layer in layers) / len(layers) for key in ("error", "rtn_error"))
