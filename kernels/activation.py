@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from quant.kernels.format import Field, Fields, check_fields
+from quant.kernels.format import Field, Fields, Format, check_fields
 from quant.kernels.rotation import largest_block, rotate
 
 ABSMAX_FLOOR = 1e-5  # an all-zero token gets this absmax, so its scale is never zero
@@ -67,6 +67,11 @@ class Activation(ABC):
         if isinstance(config, str):
             return config
         return ", ".join([self.name, *(f"{key} {value}" for key, value in config.items() if key != "name")])
+
+
+def fields_of(fmt: Format, activation: Activation, n: int, k: int) -> dict[str, Field]:
+    """Name -> shape and dtype of everything that is stored of an [n, k] linear but its bias."""
+    return {**fmt.fields(n, k), **activation.fields(k)}
 
 
 ACTIVATIONS: dict[str, type[Activation]] = {}

@@ -17,7 +17,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from quant.kernels.activation import Activation
+from quant.kernels.activation import Activation, fields_of
 from quant.kernels.format import Codes, Field, Fields, Format
 
 Prepared = tuple[Tensor, ...]
@@ -35,7 +35,7 @@ class MatmulSpec:
 
     def fields(self) -> dict[str, Field]:
         """Name -> shape and dtype of every canonical tensor of such a layer."""
-        return {**self.format.fields(self.n, self.k), **self.activation.fields(self.k)}
+        return fields_of(self.format, self.activation, self.n, self.k)
 
 
 class Kernel(ABC):

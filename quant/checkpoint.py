@@ -20,7 +20,7 @@ from torch import nn
 
 from quant.embedding import packable, size_of
 from quant.kernels import activation
-from quant.kernels.activation import Activation
+from quant.kernels.activation import Activation, fields_of
 from quant.kernels.format import Format, from_config
 from quant.models import DTYPES, Entry, entry_bytes, read_json
 from quant.naming import match
@@ -247,7 +247,7 @@ def check_layers(section: Mapping[str, Any], tensors: Mapping[str, Entry], model
         if scheme is None:
             continue
         fmt, rule = scheme
-        for field, (shape, dtype) in {**fmt.fields(n, k), **rule.fields(k)}.items():
+        for field, (shape, dtype) in fields_of(fmt, rule, n, k).items():
             entry = tensors.get(f"{name}.{field}")
             if entry is None:
                 raise ValueError(f"{name}.{field} is missing from the checkpoint; copy it again or quantize again")

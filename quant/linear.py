@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.activation import Activation
+from quant.kernels.activation import Activation, fields_of
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, choose
 from quant.kernels.format import Field, Fields, Format
 from quant.kernels.rotation import by_matrix
@@ -86,7 +86,7 @@ class PackedLinear(nn.Module):
 
     def stored(self) -> dict[str, Field]:
         """Name -> shape and dtype of the canonical tensors."""
-        return {**self.format.fields(self.out_features, self.in_features), **self.activation.fields(self.in_features)}
+        return fields_of(self.format, self.activation, self.out_features, self.in_features)
 
     def require_valid(self, name: str) -> None:
         """Raise ValueError, naming the tensor, if a value lies outside what the format allows. `name`: the layer's."""

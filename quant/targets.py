@@ -11,7 +11,7 @@ from torch import nn
 
 from quant.embedding import Head, UnpackableHead, find_head
 from quant.experts import routers, stacks_of, still_stacked
-from quant.kernels.activation import Activation
+from quant.kernels.activation import Activation, fields_of
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.format import Field, Format, fit_group, from_config
 from quant.kernels.rotation import largest_block
@@ -45,7 +45,7 @@ class Target:
 
     def fields(self) -> dict[str, Field]:
         """Name -> shape and dtype of every stored tensor."""
-        return {**self.format.fields(self.n, self.k), **self.activation.fields(self.k)}
+        return fields_of(self.format, self.activation, self.n, self.k)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,14 @@ def available() -> bool:
     return True
 
 
+def supported(library: ctypes.CDLL) -> list[str]:
+    """The instruction sets that this processor has. All kernels are left with the last of them, the best."""
+    return [name for number, name in enumerate(ISAS) if library.lowbit_select(number) == 0]
+
+
 def select_best(library: ctypes.CDLL) -> str:
     """Make all kernels use the best instruction set of this processor, and say which."""
-    return ISAS[next(isa for isa in reversed(range(len(ISAS))) if library.lowbit_select(isa) == 0)]
+    return supported(library)[-1]
 
 
 def select(library: ctypes.CDLL, isa: str) -> None:
@@ -99,8 +104,9 @@ def select(library: ctypes.CDLL, isa: str) -> None:
     if isa not in ISAS:
         raise ValueError(f"LOWBIT_CPU_ISA={isa} is unknown; allowed: {', '.join(ISAS)}")
     if library.lowbit_select(ISAS.index(isa)):
-        have = [name for number, name in enumerate(ISAS) if library.lowbit_select(number) == 0]
-        raise ValueError(f"LOWBIT_CPU_ISA={isa} is not supported by this processor; it has: {', '.join(have)}")
+        raise ValueError(
+            f"LOWBIT_CPU_ISA={isa} is not supported by this processor; it has: {', '.join(supported(library))}"
+        )
 
 
 def refuses(spec: MatmulSpec) -> str | None:

@@ -8,7 +8,7 @@ into the layer before and the weight, and the token keeps a plain scale of its o
     x'_j = x_j / k_j,    W'_nj = W_nj k_j,    step_i = max_j |x'_ij| / qmax  <=  t_i^alpha c_j^(1 - alpha) / qmax
 
 so no value is clipped. Folding is not free, because W' is harder to round: alpha is searched per input on the error as it will
-be served. alpha = 1 (no fold) is among the candidates.
+be served. alpha = 1 (no fold) is always tried.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quant.folds import BlockView, InputGroup
 from quant.passes.base import Transform
 from quant.passes.smooth import fold_best
 
-ALPHAS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25, 0.15, 0.0)
+ALPHAS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.15, 0.0)
 LIMIT = 1e3  # factors stay within this of 1 either way
 
 

@@ -16,18 +16,7 @@ from quant.serve import attention as serve
 OPS = torch.ops.lowbit
 
 
-def available() -> list[str]:
-    try:
-        handle = library.load()
-    except library.Unavailable:
-        return []
-    names = [isa for number, isa in enumerate(library.ISAS) if handle.lowbit_select(number) == 0]
-    library.load.cache_clear()
-    library.load()
-    return names
-
-
-ISAS = available()
+ISAS = library.supported(library.load()) if library.available() else []
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

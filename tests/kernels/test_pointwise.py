@@ -19,18 +19,7 @@ SHAPES = [(1, 576), (3, 33), (130, 384), (2, 5, 17)]
 EPS = 1e-5
 
 
-def available() -> list[str]:
-    try:
-        handle = library.load()
-    except library.Unavailable:
-        return []
-    names = [isa for number, isa in enumerate(library.ISAS) if handle.lowbit_select(number) == 0]
-    library.load.cache_clear()
-    library.load()
-    return names
-
-
-ISAS = available()
+ISAS = library.supported(library.load()) if library.available() else []
 pytestmark = pytest.mark.skipif(not ISAS, reason="the C++ kernels are not built")
 
 
