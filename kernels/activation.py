@@ -7,8 +7,6 @@ token as it comes (dynamic); others keep what calibration found beside the weigh
 from __future__ import annotations
 
 import difflib
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from quant.kernels.format import Field, Fields, Format, check_fields
+from quant.kernels.registry import import_files, made
 from quant.kernels.rotation import largest_block, rotate
 
 ABSMAX_FLOOR = 1e-5  # an all-zero token gets this absmax, so its scale is never zero
@@ -90,8 +89,7 @@ def load_all() -> dict[str, type[Activation]]:
     """Import every file in `activations/` and return the registry."""
     from quant.kernels import activations
 
-    for module in pkgutil.iter_modules(activations.__path__):
-        importlib.import_module(f"{activations.__name__}.{module.name}")
+    import_files(activations)
     return ACTIVATIONS
 
 
@@ -103,11 +101,4 @@ def from_config(config: str | Mapping[str, Any]) -> Activation:
         close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"
         raise ValueError(f"unknown activation {name!r}; {hint}")
-    allowed = known[name].__dataclass_fields__
-    for key, value in values.items():
-        if key not in allowed:
-            raise ValueError(f"activation {name} has no parameter {key!r}; it has: {', '.join(allowed)}")
-        kind = type(allowed[key].default)
-        if type(value) is not kind:
-            raise ValueError(f"activation {name}: {key} is {value!r}; it must be of type {kind.__name__}")
-    return known[name](**values)
+    return made(known[name], f"activation {name}", values)

@@ -6,9 +6,7 @@ order of `priority`, highest first; the first that does not refuse is used.
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from quant.kernels.activation import Activation, fields_of
 from quant.kernels.format import Codes, Field, Fields, Format
+from quant.kernels.registry import import_files
 
 Prepared = tuple[Tensor, ...]
 
@@ -101,8 +100,7 @@ def import_all() -> None:
 
     assert reference.Reference.name in KERNELS
     for package in (cpu, gpu):
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        import_files(package)
 
 
 def load_all() -> list[Kernel]:

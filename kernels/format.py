@@ -9,8 +9,6 @@ A new format is one file in `formats/` with a class decorated by `@register`.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, dtype
+
+from quant.kernels.registry import import_files, made
 
 Fields = dict[str, Tensor]
 
@@ -147,8 +147,7 @@ def load_all() -> dict[str, type[Format]]:
     """Import every file in `formats/` and return the registry."""
     from quant.kernels import formats
 
-    for module in pkgutil.iter_modules(formats.__path__):
-        importlib.import_module(f"{formats.__name__}.{module.name}")
+    import_files(formats)
     return FORMATS
 
 
@@ -159,14 +158,7 @@ def from_config(config: Mapping[str, Any]) -> Format:
     known = load_all()
     if name not in known:
         raise ValueError(f"unknown format {name!r}; known: {', '.join(sorted(known))}")
-    allowed = known[name].__dataclass_fields__
-    for key, value in values.items():
-        if key not in allowed:
-            raise ValueError(f"format {name} has no parameter {key!r}; it has: {', '.join(allowed)}")
-        kind = type(allowed[key].default)
-        if type(value) is not kind:
-            raise ValueError(f"format {name}: {key} is {value!r}; it must be of type {kind.__name__}")
-    return known[name](**values)
+    return made(known[name], f"format {name}", values)
 
 
 def fit_group(group: int, k: int) -> int | None:

@@ -104,9 +104,7 @@ def select(library: ctypes.CDLL, isa: str) -> None:
     if isa not in ISAS:
         raise ValueError(f"LOWBIT_CPU_ISA={isa} is unknown; allowed: {', '.join(ISAS)}")
     if library.lowbit_select(ISAS.index(isa)):
-        raise ValueError(
-            f"LOWBIT_CPU_ISA={isa} is not supported by this processor; it has: {', '.join(supported(library))}"
-        )
+        raise ValueError(f"LOWBIT_CPU_ISA={isa} is not supported by this processor; it has: {', '.join(supported(library))}")
 
 
 def refuses(spec: MatmulSpec) -> str | None:
