@@ -18,7 +18,7 @@ def import_files(package: ModuleType) -> None:
 
 
 def made(cls: type[T], what: str, values: Mapping[str, Any]) -> T:
-    """cls(**values) for a dataclass with defaults. Raises ValueError (one line) for an unknown parameter or one of another type.
+    """cls(**values) for a dataclass with defaults. Raises ValueError in one line for an unknown parameter or a wrong type.
 
     what: the object in words, for instance "format int_group".
     """
