@@ -62,6 +62,7 @@ ASYMMETRIC = (
 W4A8 = "W4A8: vLLM on a CPU without AMX keeps the activations in bfloat16"
 NO_CPU = "{}: vLLM has GPU kernels for it, none for CPUs"
 GROUPS = "groups of {}: vLLM's Marlin kernels take 32, 64, 128 or whole rows; another of its kernels must serve this"
+EXPERTS = "experts are written under the names of the source; no engine was tried on them"
 ROUNDED = "{} scales: a reader that computes in {} rounds them to it; in float32 the weights are those of quant.load"
 
 Names = tuple[str, str]  # of a linear: on disk, in memory
@@ -266,6 +267,8 @@ def dense_part(folder: PackedFolder, layer: Layer, head: str | None) -> str | No
 def notes(folder: PackedFolder, packed: list[Layer]) -> list[str]:
     """What readers make of these schemes that their users should know."""
     found: dict[str, None] = {}
+    if any(".experts." in layer.name for layer in packed):
+        found[EXPERTS] = None
     for layer in packed:
         fmt, bare = layer.format, layer.activation.name == "none"
         if isinstance(fmt, Fp4Block):

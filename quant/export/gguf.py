@@ -112,6 +112,8 @@ def write(source: Path, out: Path, widen: bool) -> Export:
     Raises ValueError, before any code is read, for another architecture, a tokenizer that is not known, and a layer that no
     ggml type holds.
     """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give the name of a file, such as {out / 'model.gguf'}")
     folder = PackedFolder(source)
     gguf_writer.require_llama(source, folder.auto, folder.cls)
     tokenizer = gguf_tokenizer.read(source)
@@ -140,6 +142,7 @@ def write(source: Path, out: Path, widen: bool) -> Export:
         writer.add_quantization_version(QUANTIZATION_VERSION)  # type: ignore[attr-defined]
         writer.add_name(out.stem)  # type: ignore[attr-defined]
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{out.name}.partial")
     gguf_writer.write(folder.auto, tensors, unfinished, describe)
     os.replace(unfinished, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 import quant
 from quant.cli import main
-from quant.export import compressed_tensors
 from quant.export.compressed_tensors import INT8_ROWS, int32_stream, select
 from quant.export.packed import PackedFolder
 from quant.kernels.activation import Activation
@@ -359,6 +357,29 @@ def test_the_tower_of_a_speech_model_is_dense(pack, tmp_path, capsys):
             assert ignored == ("audio_tower" in name), name
 
 
+def test_whisper_keeps_its_head_and_a_mixture_its_routers_in_float(pack, tiny, tmp_path, capsys):
+    """proj_out is tied and on no disk; a router is no linear in memory, but one to vLLM."""
+    speech = pack(
+        tiny.whisper_folder(tmp_path / "whisper"), tmp_path / "w", lambda n: SCHEMES["W4A16"] if in_blocks(n) else None
+    )
+    section = section_of(export(speech, tmp_path / "w-ct"))
+    assert section["ignore"] == ["re:(.*[.])?proj_out$"]
+    assert section["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+    def expert(name: str) -> tuple[Format, Activation] | None:
+        return SCHEMES["W4A16"] if in_blocks(name) and not name.endswith("gate") else None
+
+    mixture = pack(tiny.mixture_folder(tmp_path / "mixture"), tmp_path / "m", expert)
+    out = export(mixture, tmp_path / "m-ct")
+    routers = [name.removesuffix(".weight") for name in load_file(out / "model.safetensors") if name.endswith("gate.weight")]
+    assert len(routers) == 2
+    for name in routers:
+        assert any(re.match(target.removeprefix("re:"), name) for target in section_of(out)["ignore"])
+    for layer in PackedFolder(mixture).layers:
+        assert not any(re.match(target.removeprefix("re:"), layer.name) for target in section_of(out)["ignore"])
+    assert "no engine was tried" in capsys.readouterr().out
+
+
 def test_readers_are_told_what_they_will_do(exported, pack, llama, tmp_path, capsys):
     for name, note in {
         "W4A16-asymmetric": "CompressedTensorsConfig(dequantize=True)",
@@ -377,5 +398,3 @@ def test_outputs_are_not_overwritten_and_inputs_are_ours(exported, llama, tmp_pa
     assert main(["export", str(llama), "--to", "compressed-tensors", "-o", str(tmp_path / "x")]) == 2
     assert "was not written by quantize" in capsys.readouterr().err
     assert main(["export", str(packed), "--to", "safetensors"]) == 2
-    assert importlib.util.find_spec("quant.export.compressed_tensors") is not None
-    assert compressed_tensors.NAME == "compressed-tensors"
