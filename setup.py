@@ -110,6 +110,15 @@ setup(
             "faster-whisper>=1.1,<2",
         ],
         "figures": ["matplotlib>=3.9,<4"],  # quant.eval.roofline
-        "dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "build>=1.2", "setuptools>=77"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "build>=1.2",
+            "setuptools>=77",
+            "compressed-tensors>=0.20,<0.21",  # what exported folders are compared with
+        ],
     },
 )

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quant.embedding import packable, size_of
 from quant.kernels import activation
@@ -36,12 +36,15 @@ CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor to be written. source None: its bytes are not there yet (planning), or it is empty."""
+    """One tensor to be written. source: where its bytes lie, or what makes it when its turn comes.
+
+    None: its bytes are not there yet (planning), or it is empty.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: Entry | None = None
+    source: Entry | Callable[[], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +95,7 @@ def predicted_bytes(pieces: Sequence[Piece]) -> int:
 
 
 def write(folder: Path, pieces: Sequence[Piece]) -> None:
-    """Write the shards (and index) into `folder`, copying bytes from their sources."""
+    """Write the shards (and index) into `folder`, one tensor in memory at a time."""
     files = shards(pieces)
     for name, group in files:
         head, ordered = header(group)
@@ -101,7 +104,10 @@ def write(folder: Path, pieces: Sequence[Piece]) -> None:
             for piece in ordered:
                 if piece.nbytes:
                     assert piece.source is not None, f"{piece.name} was never written"
-                    copy_range(piece.source, out)
+                    if isinstance(piece.source, Entry):
+                        copy_range(piece.source, out)
+                    else:
+                        out.write(made_bytes(piece, piece.source()))
             out.flush()
             os.fsync(out.fileno())
     text = index_text(files)
@@ -120,6 +126,13 @@ def copy_range(source: Entry, out: BinaryIO, chunk: int = 1 << 22) -> None:
                 raise ValueError(f"{source.file} ended early; the file changed while it was read")
             out.write(data)
             left -= len(data)
+
+
+def made_bytes(piece: Piece, value: Tensor) -> memoryview:
+    """The bytes of a tensor that was made for a piece."""
+    given, wanted = (value.dtype, tuple(value.shape)), (piece.dtype, piece.shape)
+    assert given == wanted, f"{piece.name} was made as {given}, its header says {wanted}"
+    return value.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def sentinel(targets: Sequence[Target], disk: Mapping[str, str]) -> Piece:

@@ -19,6 +19,7 @@ VERBS = {
     "run": "quant.eval.run:command",
     "inspect": "quant.show:command",
     "compile": "quant.deploy:command",
+    "export": "quant.export.command:command",
 }
 NO_MODEL = "no model given; give a folder, a hub id or demo:smollm2-135m, or use --list or --help"
 

@@ -108,20 +108,26 @@ def convert(gguf_file: Path, out: Path) -> None:
     _save_tokenizer(meta, out)
 
 
+def pre_tokenizers() -> dict[str, Any]:
+    """GGUF's name of a `pre` rule -> how text is split: `smollm` splits every digit before the GPT-2 rule."""
+    from tokenizers import pre_tokenizers as parts
+
+    splits: dict[str, list[Any]] = {"smollm": [parts.Digits(individual_digits=True)], "gpt-2": []}
+    return {rule: parts.Sequence([*before, parts.ByteLevel(add_prefix_space=False)]) for rule, before in splits.items()}
+
+
 def _save_tokenizer(meta: Any, out: Path) -> None:
-    """Byte-level BPE exactly as the `pre` rule of the file says: `smollm` splits every digit before the GPT-2 rule."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    """Byte-level BPE exactly as the `pre` rule of the file says."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     tokens, kinds = meta("tokenizer.ggml.tokens"), meta("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in meta("tokenizer.ggml.merges")]
-    splits: dict[str, list[Any]] = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": []}
-    rule = meta("tokenizer.ggml.pre")
-    if rule not in splits:
-        raise ValueError(f"GGUF pre-tokenizer {rule!r} is not known here; known: {', '.join(splits)}")
+    known, rule = pre_tokenizers(), meta("tokenizer.ggml.pre")
+    if rule not in known:
+        raise ValueError(f"GGUF pre-tokenizer {rule!r} is not known here; known: {', '.join(known)}")
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits[rule], byte_level])
+    bpe.pre_tokenizer = known[rule]
     bpe.decoder = decoders.ByteLevel()
     controls = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in controls])

@@ -16,6 +16,7 @@ from quant.eval.rivals import base, ggml, gguf_writer
 from quant.eval.rivals.base import FILES, Choice, choices
 from quant.eval.speed_worker import Repeat, Workload, open_model
 from quant.gguf_llama import hf_name, unpermute
+from quant.gguf_writer import gguf_name
 from tests.tiny import llama_folder
 
 WORK = Workload(prompt=8, new=3)
@@ -159,7 +160,7 @@ def test_gguf_refuses_what_it_would_get_wrong(llama, tmp_path):
     with pytest.raises(ValueError, match="scales its rotary embedding"):
         gguf_writer.write(folder, tmp_path / "x.gguf")
     with pytest.raises(ValueError, match="no place"):
-        gguf_writer.gguf_name("model.layers.0.self_attn.q_norm.weight")
+        gguf_name("model.layers.0.self_attn.q_norm.weight")
 
 
 @pytest.mark.parametrize(("name", "module"), [("llama.cpp:F16", "llama_cpp")])
