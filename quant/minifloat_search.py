@@ -132,7 +132,9 @@ def search_input(
     shifted: try pre-shifted channels as well as all of them under one exponent.
     """
     x, count = tokens
-    gram, pull = rounded.T @ rounded, (x @ (weight - rounded).T) @ rounded
+    pull = (x @ (weight - rounded).T) @ rounded
+    wide = len(rounded) > rounded.shape[1]  # then a product with the Gram matrix is the shorter one
+    factor = rounded.T @ rounded if wide else rounded.T
     by_group = grouped(sizes, activation)
     tops = by_group.amax(-1, keepdim=True).clamp_min(ABSMAX_FLOOR).expand_as(by_group).flatten()  # [K]
     top = tops.amax()
@@ -146,7 +148,9 @@ def search_input(
 
         def loss(ratio: Tensor, move: bool, stored: Callable[[Tensor, bool], Fields] = stored) -> Tensor:
             lost = activation.quantize(x, stored(ratio, move)) - x
-            return (((lost @ gram - 2 * pull) * lost).sum(-1).double() @ count.double()).float()
+            moved = lost @ factor
+            energy = (moved * (lost if wide else moved)).sum(-1)  # of E Wq^T, by token
+            return ((energy - 2 * (pull * lost).sum(-1)).double() @ count.double()).float()
 
         for move in (False, True) if shifted else (False,):
             ratio, given = search_ratio(space, kind, top, lambda r, move=move, loss=loss: loss(r, move))  # type: ignore[misc]

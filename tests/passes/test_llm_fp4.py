@@ -102,9 +102,10 @@ def test_the_token_search_never_loses_to_the_full_range(rule: FpShift, space: st
         assert after < 0.9 * before or rule.bits == 8 or rule.dynamic
 
 
-def test_the_sampled_error_is_the_error_of_the_output(make_layer: Callable) -> None:
-    """tr(E A E^T) - 2 tr(E Q^T) + const is ||X W^T - Xq Wq^T||^2, and with weights the sum over repeated tokens."""
-    layer, rule, fmt = make_layer(n=16, tokens=80), FpShift(bits=4), FpChannel()
+@pytest.mark.parametrize("n", [16, 160])
+def test_the_sampled_error_is_the_error_of_the_output(n: int, make_layer: Callable) -> None:
+    """Weights of tokens are the sum over repeated tokens; no ratio near the one found has a smaller ||X W^T - Xq Wq^T||."""
+    layer, rule, fmt = make_layer(n=n, tokens=80), FpShift(bits=4), FpChannel()
     rounded = fmt.dequantize(fmt.nearest(layer.weight))
     count = torch.arange(80).remainder(3) + 1.0
     repeated = layer.x.repeat_interleave(count.long(), 0)
@@ -113,6 +114,11 @@ def test_the_sampled_error_is_the_error_of_the_output(make_layer: Callable) -> N
     weighted = search_input(rule, (layer.x, count), *args)
     plain = search_input(rule, (repeated, torch.ones(len(repeated))), *args)
     assert all(torch.equal(weighted[name], plain[name]) for name in plain)
+    codes = fmt.nearest(layer.weight)
+    found = joint_error(repeated, layer.weight, fmt, codes, rule, plain)
+    for ratio in (0.75, 1.35):
+        other = plain | {"input_scale": plain["input_scale"] * ratio}
+        assert found < joint_error(repeated, layer.weight, fmt, codes, rule, other)
 
 
 def test_shifts_follow_the_channel_sizes() -> None:
