@@ -17,8 +17,8 @@ ROWS_KEPT = 8  # tokens per sequence that are kept as they are
 class InputStats:
     """Sums over calibration tokens, float32 on the device the block ran on.
 
-    gram: X^T X of the quantized chain, [K, K]; filled by `finish`.
-    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; None where no pass asks for it.
+    gram: X^T diag(w) X of the quantized chain, [K, K], w the weights of the tokens; filled by `finish`.
+    drift: (X_float - X)^T diag(w) X, what quantizing the blocks before has changed, [K, K]; None where no pass asks for it.
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
     rows: a few whole tokens of each sequence, evenly spread: a list of [up to 8, K].
@@ -47,9 +47,9 @@ class InputStats:
         return cls(torch.zeros(k, k, device=device), torch.zeros(k, k, device=device) if drift else None)
 
     def add(self, x: Tensor, x_float: Tensor | None, mask: Tensor | None) -> None:
-        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding."""
+        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding, or weighs the tokens."""
         for row in range(x.shape[0]):
-            keep = slice(None) if mask is None else mask[row]
+            keep = slice(None) if mask is None else mask[row] > 0
             here = x[row][keep].float()
             if not len(here):
                 continue
@@ -58,13 +58,16 @@ class InputStats:
             self.token_absmax.append(size.amax(1))
             self.rows.append(here[:: -(-len(here) // ROWS_KEPT)].clone())  # a view would keep all of `here`
             self.tokens += len(here)
+            weighed = here
+            if mask is not None and mask.is_floating_point():
+                weighed = here * mask[row][keep].unsqueeze(1)
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)
-                self.gram[columns, start:].addmm_(here[:, columns].T, here[:, start:])
+                self.gram[columns, start:].addmm_(weighed[:, columns].T, here[:, start:])
             if self.drift is not None:
                 assert x_float is not None
                 # a small difference needs no float32: its own rounding is what a bfloat16 product loses
-                self.drift += (x_float[row][keep].float() - here).to(x.dtype).T @ here.to(x.dtype)
+                self.drift += (x_float[row][keep].float() - here).to(x.dtype).T @ weighed.to(x.dtype)
 
     def finish(self) -> None:
         """Complete the Gram matrix after the last `add`."""
