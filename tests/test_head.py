@@ -326,7 +326,7 @@ def test_plan_and_inspect_say_so(made: Made, tiny: ModuleType, capfd: pytest.Cap
 @pytest.mark.parametrize(
     ("head", "said"),
     [
-        ("5", "no 5-bit codes; allowed: 2, 3, 4, 8"),
+        ("5", "no 5-bit codes; allowed: 2, 3, 4, 6, 8"),
         ("yes", "head: input should be a valid dictionary, given True"),
         ("small", "head: input should be a valid dictionary, given 'small'"),
         ("{name: int_gruop}", "unknown format 'int_gruop'"),
