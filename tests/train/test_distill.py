@@ -95,3 +95,14 @@ def test_too_little_text_is_one_line(llama: Path, tiny: ModuleType, tmp_path: Pa
     sets = [*tiny.SMALL, f"calibration.source={tmp_path / 'text.txt'}"]
     with pytest.raises(ValueError, match="distill keeps 50 samples to measure on"):
         quant.quantize(str(llama), recipe(tmp_path, "w3a16", {"held": 50}), tmp_path / "out", overrides=sets)
+
+
+def test_a_speech_model_is_trained_on_its_clips(clips: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.whisper_folder(tmp_path / "float")
+    options = {"steps": 6, "windows": 1, "held": 1, "scales": 0.01}
+    out = tmp_path / "out"
+    quant.quantize(str(model), recipe(tmp_path, "w3a16", options), out, calib=str(clips), overrides=["head=null"])
+    (tuned,) = json.loads((out / "report.json").read_text())["tuned"]
+    assert tuned["steps"] == 6
+    assert all(0 < kl < 10 for kl in tuned["held_out_kl"])
+    assert "before training" in (out / "README.md").read_text()
