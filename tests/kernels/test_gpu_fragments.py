@@ -108,7 +108,9 @@ def test_code_minus_zero_is_exact(policy, name, bits, kind):
     code, zero = torch.arange(2**bits)[:, None], torch.arange(2**bits)[None]
     for shift, start, exponent in getattr(fragments, f"{name}_{kind}_PLACES").value:
         base = halves(torch.tensor(exponent), dtype)[0]
-        placed = (spread_zero(zero, bits) << shift & (2**bits - 1) << start) | exponent
+        word = (spread_zero(zero, bits) << 16 | 0xFFFF) << shift & 0xFFFFFFFF  # beside the bits of any scale
+        operands = [word, torch.tensor((2**bits - 1) << start + 16), torch.tensor(exponent * fragments.TWICE)]
+        placed = ptx.run(fragments.ZERO.value, operands, 1)[0] >> 16
         assert torch.equal(halves(placed, dtype)[0], base + zero), "not under its exponent"
         difference = (base + code).to(dtype) - halves(placed, dtype)[0].to(dtype)
         assert torch.equal(difference.double(), (code - zero).double())
