@@ -24,13 +24,14 @@ WIDEST = 128  # largest BN of any tile: the slack, in rows
 class Policy:
     """What one storage looks like. fields[i] says where slice i lies: (plane, first bit of the code, bits, bit of the byte)."""
 
-    name: str  # of the function in `jit/unpack.py`
+    name: str  # of the function that unpacks it
     bits: int
     planes: int
     fields: tuple[tuple[tuple[int, int, int, int], ...], ...]
     integer: bool = False  # int8 tokens, int32 sums
     mixed: bool = False
     parameters: bool = True  # words are there
+    module: str = "unpack"  # file of the function in `jit/`
     # (SLICE, GROUPS): the first whose groups of SLICES * SLICE / GROUPS divide the group length is taken
     blockings: tuple[tuple[int, int], ...]
 

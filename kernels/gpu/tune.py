@@ -48,7 +48,8 @@ def rounds(variant: Variant, bucket: int | None) -> Iterator[list[Tile]]:
 
 def stored(row: Row) -> dict[str, Any]:
     """As the table holds it."""
-    entry: dict[str, Any] = {**asdict(row.tile), "shared_bytes": row.shared_bytes, "counts": asdict(row.counts)}
+    kept = {"shared_bytes": row.shared_bytes, "spills_odd": row.spills_odd, "counts": asdict(row.counts)}
+    entry: dict[str, Any] = asdict(row.tile) | kept
     variant = row.variant
     trip = model.from_row(entry, variant.compute, variant.block, variant.block_bytes(row.tile.bn))
     device = model.DEVICES[row.arch]
