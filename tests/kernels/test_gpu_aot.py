@@ -27,6 +27,10 @@ BARS = {
     "int4/64/1/bf16": (2.4, 2.4),
     "int2/64/2/fp16": (1.8, 1.8),
     "int2/64/2/bf16": (1.95, 2.1),
+    "e2m1/16/1/fp16": (2.6, 2.6),
+    "e2m1/16/1/bf16": (2.6, 2.6),
+    "e2m1/16/2/fp16": (2.6, 2.6),
+    "e2m1/16/2/bf16": (2.6, 2.6),
 }
 
 
@@ -69,6 +73,8 @@ SAMPLE = [
     (89, "int2/64/2/fp16"),
     (100, "dual4_pair/32/2/int8"),
     (90, "int8/32/1/fp16"),
+    (80, "e2m1/16/2/bf16"),
+    (100, "e2m1/16/1/fp16"),
 ]
 
 
@@ -119,6 +125,8 @@ def test_quantization_is_compiled_without_fused_multiply_add(dtype):
         "int3/16/1/bf16",
         "int4/64/1/bf16",
         "int8/128/1/fp16",
+        "e2m1/16/1/bf16",
+        "e2m1/16/2/fp16",
     ],
 )
 def test_the_twins_compile_for_amd(key):
