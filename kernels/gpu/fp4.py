@@ -23,11 +23,11 @@ from quant.kernels.activation import Activation
 from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
-from quant.kernels.format import Fields
+from quant.kernels.format import Codes, Fields
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int_group import pack_bits, unpack_bits
 from quant.kernels.gpu import launch
-from quant.kernels.gpu.layout import POLICIES, blocks_of, from_words, pack_weight, to_words, unpack_weight
+from quant.kernels.gpu.layout import POLICIES, blocks_of, from_words, pack_weight, pick_rows, to_words, unpack_weight
 from quant.kernels.gpu.plan import Layer
 
 POLICY = POLICIES["e2m1"]
@@ -177,6 +177,15 @@ class GpuFp4(Kernel):
             fields = from_device_layout(prepared[1:], spec.format, spec.n, spec.k)
             return fields | {"input_global_scale": prepared[0].clone()}
         return from_device_layout(prepared, spec.format, spec.n, spec.k)
+
+    def rows(self, prepared: Prepared, rows: Tensor, spec: MatmulSpec) -> Codes:
+        assert isinstance(spec.format, Fp4Block)
+        weight, words, row_scale, *more = prepared[isinstance(spec.activation, NvFp4) :]
+        divisor, kept = (more[:1], more[1:]) if spec.format.kind == "nvfp4" else ([], more)
+        part = [pick_rows(weight, spec.n, rows), pick_rows(words, spec.n, rows), row_scale[rows]]
+        picked = (*part, *divisor, *(t[rows] for t in kept))
+        fields = from_device_layout(picked, spec.format, len(rows), spec.k)
+        return spec.format.unpack(fields, len(rows), spec.k)
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         assert isinstance(spec.format, Fp4Block)

@@ -90,6 +90,10 @@ def test_restore_is_the_inverse_of_prepare_for_fp4(n, k, kind, zeros):
         scale[3, 1] = 0
     assert_restored(GpuFp4(), fields, s)
     assert len(GpuFp4().prepare(fields, s)) == 3 + (kind == "nvfp4") + 2 * zeros
+    picked = torch.tensor([5, 3, 3])
+    rows, whole = GpuFp4().rows(GpuFp4().prepare(fields, s), picked, s), s.format.unpack(fields, n, k)
+    assert torch.equal(rows.codes, whole.codes[picked])
+    assert torch.equal(rows.params["weight_scale"].view(torch.uint8), scale[picked])
     if kind == "nvfp4":
         tokens = {"input_global_scale": torch.tensor([48.0])}
         assert_restored(GpuFp4(), fields | tokens, fp4_spec(kind, n, k, NvFp4()))
