@@ -9,6 +9,8 @@ Must run without TRITON_INTERPRET: interpreted programs cannot be compiled.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -150,6 +152,12 @@ class Row:
 
 def measure(arch: int, variant: Variant, tile: Tile) -> Row:
     """Compile one tile and count. Raises RuntimeError when its code has no loop with matrix instructions."""
+    return dataclasses.replace(measured(arch, variant, dataclasses.replace(tile, max_m=None)), tile=tile)
+
+
+@functools.cache
+def measured(arch: int, variant: Variant, tile: Tile) -> Row:
+    """`measure` for any number of tokens, on which the code does not depend."""
     built = compile_program(gemm_step(sample_layer(variant), tile, 1, "cuda").program, arch)
     odd = compile_program(gemm_step(sample_layer(variant, *ODD_SIZES), tile, 1, "cuda").program, arch)
     return Row(
