@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="the fragments are part of Triton programs")
 
-from quant.kernels.formats.fp4_block import decode_e2m1
 from quant.kernels.gpu import fp4, ptx
 from quant.kernels.gpu.jit import e2m1, fragments
 from quant.kernels.gpu.layout import POLICIES, spread_zero
+from quant.kernels.minifloat import E2M1
 
 
 def packed_cases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,7 +140,7 @@ def test_four_bit_floats_and_their_scales_are_exact(kind):
     placed = fp4.scatter(signed.view(torch.uint8)).view(torch.int32)
     assert torch.equal(fp4.gather(placed.view(torch.uint8)).view(torch.int32), signed)
     word = placed.to(torch.int64) & 0xFFFFFFFF
-    values = decode_e2m1(lanes(nibbles) & 15), decode_e2m1(lanes(nibbles) >> 4)
+    values = E2M1.decode(lanes(nibbles) & 15), E2M1.decode(lanes(nibbles) >> 4)
     out = ptx.run(e2m1.fragment(kind, 0, 2), [word, torch.zeros(1, dtype=torch.int64)], 8)
     for i, expected in enumerate(values):
         for j in (0, 1):

@@ -15,7 +15,7 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Codes
-from quant.kernels.formats.fp4_block import MAGNITUDES, Fp4Block
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import tiles
@@ -26,6 +26,7 @@ from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, 
 from quant.kernels.gpu.plan import Layer, plan
 from quant.kernels.gpu.w8a8 import DIVISOR, GpuW8A8, gpu_w8a8
 from quant.kernels.gpu.wna16 import GpuWnA16, gpu_wna16
+from quant.kernels.minifloat import E2M1
 
 KERNEL = GpuA8W4()
 INT8, FLOAT = Int8Token(), Unquantized()
@@ -117,7 +118,7 @@ def test_the_fp4_layout_means_the_same_weights(kind):
             index = slice_ * per_block // 8
             byte = int(words[(block * per_block // 4 + index // 4) * 3 + row]) >> 8 * (index % 4) & 255
             scale = (1 + (byte & 7) / 8) * 2.0 ** ((byte >> 3) - 15)
-            value = (1 - 2 * (code >> 3)) * MAGNITUDES[code & 7]
+            value = (1 - 2 * (code >> 3)) * float(E2M1.magnitudes[code & 7])
             assert value * scale * 2.0**-14 * float(row_scale[row]) == pytest.approx(float(expected[row, column]), rel=1e-6)
 
 
