@@ -9,6 +9,8 @@ Must run without TRITON_INTERPRET: interpreted programs cannot be compiled.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -24,6 +26,7 @@ from quant.kernels.gpu.plan import COMPUTE, Layer, gemm_step
 from quant.kernels.gpu.program import Program, constants, function
 from quant.kernels.gpu.tiles import ARCHITECTURES, Tile, Variant, read_table, tile_of
 
+ODD_SIZES = (4097, 4112)  # N, K of a layer whose sizes nothing is known to divide; float tokens are padded to 16
 REGISTERS = 255  # per thread; a kernel that needs more spills
 
 
@@ -106,10 +109,10 @@ def variants(policy: str) -> Iterator[Variant]:
             yield Variant(policy=policy, slice=slice_, groups=groups, compute=compute)
 
 
-def sample_layer(variant: Variant) -> Layer:
+def sample_layer(variant: Variant, n: int = 4096, k: int = 4096) -> Layer:
     """A layer of the size that the tables are made with."""
     x = next((dtype for dtype, compute in COMPUTE.items() if compute == variant.compute), "bfloat16")
-    return Layer(policy=variant.policy, n=4096, k=4096, slice=variant.slice, groups=variant.groups, x=x, bias=x)
+    return Layer(policy=variant.policy, n=n, k=k, slice=variant.slice, groups=variant.groups, x=x, bias=x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ class Row:
     shared_bytes: int
     counts: sass.Counts
     along_k: bool
+    spills_odd: int  # of the same tile for a layer of odd N, K no multiple of the block
 
     @property
     def wide_loads_needed(self) -> int:
@@ -135,6 +139,7 @@ class Row:
         limit = DEVICES[self.arch].shared_bytes
         checks = {
             f"{counts.spills} spills": counts.spills > 0,
+            f"{self.spills_odd} spills for odd sizes": self.spills_odd > 0,
             f"{counts.registers} registers": counts.registers > REGISTERS,
             f"{self.shared_bytes} bytes of shared memory": self.shared_bytes > limit,
             "no matrix instruction": counts.mma == 0,
@@ -147,21 +152,37 @@ class Row:
 
 def measure(arch: int, variant: Variant, tile: Tile) -> Row:
     """Compile one tile and count. Raises RuntimeError when its code has no loop with matrix instructions."""
+    return dataclasses.replace(measured(arch, variant, dataclasses.replace(tile, max_m=None)), tile=tile)
+
+
+@functools.cache
+def measured(arch: int, variant: Variant, tile: Tile) -> Row:
+    """`measure` for any number of tokens, on which the code does not depend."""
     built = compile_program(gemm_step(sample_layer(variant), tile, 1, "cuda").program, arch)
-    counts = sass.count(built.code, weights=tile.bn * variant.block, tokens=tile.bm, warps=tile.warps)
-    along_k = packs_along_k(built.ttgir, tile.swap)
-    return Row(arch=arch, variant=variant, tile=tile, shared_bytes=built.shared_bytes, counts=counts, along_k=along_k)
+    odd = compile_program(gemm_step(sample_layer(variant, *ODD_SIZES), tile, 1, "cuda").program, arch)
+    return Row(
+        arch=arch,
+        variant=variant,
+        tile=tile,
+        shared_bytes=built.shared_bytes,
+        counts=sass.count(built.code, weights=tile.bn * variant.block, tokens=tile.bm, warps=tile.warps),
+        along_k=packs_along_k(built.ttgir, tile.swap),
+        spills_odd=sass.spills(sass.disassemble(odd.code)[0]),
+    )
 
 
 def source_hash(policy: str) -> str:
-    """Digest of all that the counts of a policy depend on, the version of Triton apart: the Triton sources, and the programs
-    that the plan makes of them."""
+    """Digest of all that the counts of a policy depend on, the version of Triton apart: the Triton sources, those that only
+    other policies use left out, and the programs that the plan makes of them."""
     digest = hashlib.sha256()
+    foreign = {known.module for known in POLICIES.values()} - {"unpack", POLICIES[policy].module}
     for path in sorted((Path(__file__).parent / "jit").glob("*.py")):
-        digest.update(path.read_bytes())
+        if path.stem not in foreign:
+            digest.update(path.read_bytes())
     tile = Tile(max_m=None, bm=16, bn=128, warps=4, stages=2, swap=False, on_sum=False)
     for variant in variants(policy):
-        digest.update(repr(gemm_step(sample_layer(variant), tile, 1, "cuda").program).encode())
+        for sizes in ((), ODD_SIZES):
+            digest.update(repr(gemm_step(sample_layer(variant, *sizes), tile, 1, "cuda").program).encode())
     return digest.hexdigest()[:16]
 
 
@@ -180,6 +201,7 @@ def report_rows(arch: int) -> list[dict[str, Any]]:
             how = {"warps": tile.warps, "stages": tile.stages, "left": "w" if tile.swap else "x"}
             counts = {name: row["counts"][name] for name in ("registers", "spills", "instructions", "mma", "alu_per_weight")}
             loads = " ".join(f"{n}x{bits}" for bits, n in row["counts"]["loads"].items())
+            counts["spills_odd"] = row["spills_odd"]
             scale = {"scale_on": "sum" if tile.on_sum else "weight"}
             rows.append(shape | how | scale | counts | {"shared_bytes": row["shared_bytes"], "loads": loads})
     return rows

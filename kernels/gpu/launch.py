@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.gpu import deployed
+from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.plan import Layer, plan
 from quant.kernels.gpu.program import jit, run
 from quant.kernels.gpu.tiles import table_arch
@@ -32,7 +33,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def matmul(
     layer: Layer, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor], facts: tuple[int, int] | None = None
 ) -> Tensor:
-    """x [M, K] -> [M, N] in x's dtype: the launches of the plan, no synchronization. `facts`: see `device_facts`; those of
+    """x [M, K] -> [M, N] in x's dtype: the launches of the plan, no synchronization. Float tokens whose K is no multiple of 16
+    are copied into padded rows first. `facts`: see `device_facts`; those of
     x's device when None. On CPU tensors the programs must be interpreted."""
     assert x.dtype in DTYPES, f"x is {x.dtype}"
     m = x.shape[0]
@@ -46,6 +48,8 @@ def matmul(
         arch, processors = facts or device_facts(x.get_device())
         start = jit
         steps = plan(layer, m, arch, processors, "cuda" if x.is_cuda else "interpreter")
+    if not POLICIES[layer.policy].integer and layer.width > layer.k:
+        x = torch.nn.functional.pad(x, (0, layer.width - layer.k))
     known = {**tensors, "x": x, "y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}
     if bias is not None:
         known["bias"] = bias

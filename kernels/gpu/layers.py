@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from quant.kernels.dispatch import Kernel, MatmulSpec
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
-from quant.kernels.gpu import a8w4, launch, w8a8, wna16
+from quant.kernels.gpu import a8w4, fp4, launch, w8a8, wna16
 from quant.kernels.gpu.plan import Layer
 
-KERNELS: tuple[Kernel, ...] = (a8w4.GpuA8W4(), w8a8.GpuW8A8(), wna16.GpuWnA16())
+KERNELS: tuple[Kernel, ...] = (a8w4.GpuA8W4(), w8a8.GpuW8A8(), wna16.GpuWnA16(), fp4.GpuFp4())
 
 
 def layer_of(spec: MatmulSpec, x: torch.dtype, bias: torch.dtype | None) -> Layer | str:
@@ -31,4 +32,6 @@ def layer_of(spec: MatmulSpec, x: torch.dtype, bias: torch.dtype | None) -> Laye
             return w8a8.layer_of(spec.n, spec.k, x, vector, divisor)
         if name == wna16.GpuWnA16.name and isinstance(fmt, IntGroup):
             return wna16.layer_of(spec.n, spec.k, fmt.bits, fmt.group, x, vector)
+        if name == fp4.GpuFp4.name and isinstance(fmt, Fp4Block):
+            return fp4.layer_of(spec.n, spec.k, fmt.kind, fp4.tokens_as(spec.activation, x), vector)
     return "; ".join(f"{name} {reason}" for name, reason in reasons.items())

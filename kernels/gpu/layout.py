@@ -24,13 +24,15 @@ WIDEST = 128  # largest BN of any tile: the slack, in rows
 class Policy:
     """What one storage looks like. fields[i] says where slice i lies: (plane, first bit of the code, bits, bit of the byte)."""
 
-    name: str  # of the function in `jit/unpack.py`
+    name: str  # of the function that unpacks it
     bits: int
     planes: int
     fields: tuple[tuple[tuple[int, int, int, int], ...], ...]
     integer: bool = False  # int8 tokens, int32 sums
     mixed: bool = False
     parameters: bool = True  # words are there
+    scale_on_sum: bool = True  # few tokens: the group scale may multiply the sum instead of the weights
+    module: str = "unpack"  # file of the function in `jit/`
     # (SLICE, GROUPS): the first whose groups of SLICES * SLICE / GROUPS divide the group length is taken
     blockings: tuple[tuple[int, int], ...]
 
@@ -52,6 +54,7 @@ NIBBLES = (((0, 0, 4, 0),), ((0, 0, 4, 4),))
 BYTES = (((0, 0, 8, 0),),)
 PAIRS = tuple(((0, 0, 2, 2 * i),) for i in range(4))
 TRIPLES = tuple(((i // 4, 0, 2, 2 * (i % 4)), (2, 2, 1, 2 * (i % 4) + 1 - i // 4)) for i in range(8))
+FOUR_PLANES = tuple(((i // 2, 0, 4, 4 * (i % 2)),) for i in range(8))
 POLICIES = {
     policy.name: policy
     for policy in (
@@ -61,6 +64,9 @@ POLICIES = {
         Policy(name="int2", bits=2, planes=1, fields=PAIRS, mixed=True, blockings=((64, 2), (32, 2), (16, 2))),
         Policy(name="int3", bits=3, planes=3, fields=TRIPLES, mixed=True, blockings=((16, 1), (16, 2), (16, 4))),
         Policy(name="int4", bits=4, planes=1, fields=NIBBLES, mixed=True, blockings=((64, 1), (32, 1), (16, 1))),
+        Policy(
+            name="e2m1", module="e2m1", bits=4, planes=4, fields=FOUR_PLANES, scale_on_sum=False, blockings=((16, 2), (16, 1))
+        ),
         Policy(name="int8", bits=8, planes=1, fields=BYTES, blockings=((128, 1), (64, 1), (32, 1))),
     )
 }

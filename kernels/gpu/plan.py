@@ -13,6 +13,7 @@ POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": 
 COMPUTE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 QUANTIZE_BLOCK = 2048  # elements per step of the activation program: 16 bytes of bfloat16 for each of 256 threads
 COMBINE_TILE = (4, 256)
+TOKEN_ALIGNMENT = 16  # elements: rows of float tokens are padded to it, so that they load 16 bytes at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,13 @@ class Layer:
     @property
     def blocks(self) -> int:
         return -(-self.k // self.variant.block)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row of the tokens that the GEMM reads: codes of whole blocks, or the float tokens padded with zeros."""
+        if POLICIES[self.policy].integer:
+            return self.blocks * self.variant.block
+        return -(-self.k // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
 
 Arguments = list[tuple[str, str, str | int]]  # (name, Triton type, tensor or number)
@@ -75,7 +83,7 @@ def quantize_step(layer: Layer) -> Step:
         ("scale_ptr", "*fp32", "x_scale"),
         ("sum_ptr", "*i32", ""),
         ("K", "i32", layer.k),
-        ("K_PAD", "i32", layer.blocks * layer.variant.block),
+        ("K_PAD", "i32", layer.width),
     ]
     built, bound = program("quantize", arguments, {"BLOCK": QUANTIZE_BLOCK, "GROUP": 1}, 8, 1, False)
     return Step(program=built, arguments=bound, rows=1)
@@ -99,7 +107,6 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
     which the interpreter gets wrong."""
     policy, variant = POLICIES[layer.policy], layer.variant
     words = policy.words(layer.groups)
-    width = layer.blocks * variant.block if policy.integer else layer.k
     sums = "*i32" if policy.integer else "*fp32"
     arguments: Arguments = [
         ("x_ptr", "*i8" if policy.integer else POINTER[layer.x], "codes" if policy.integer else "x"),
@@ -109,8 +116,8 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
         ("y_ptr", sums if splits > 1 else output(layer.x), "partial" if splits > 1 else "y"),
         ("M", "i32", "M"),
         ("N", "i32", layer.n),
-        ("K", "i32", layer.k),
-        ("X_STRIDE", "i32", width),
+        ("K", "i32", layer.width),
+        ("X_STRIDE", "i32", layer.width),
         ("BLOCKS", "i32", layer.blocks),
         stride("W_STRIDE", policy.planes * layer.n * layer.slice),
         stride("PLANE_STRIDE", layer.n * layer.slice),
@@ -124,7 +131,7 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
         "SLICE": layer.slice,
         "GROUPS": words,
         "MIXED": policy.mixed,
-        "RAGGED": not policy.integer and layer.k % variant.block != 0,
+        "RAGGED": layer.width % variant.block != 0,
         "ON_SUM": tile.on_sum,
         "SPLIT": splits,
         "BM": tile.bm,
@@ -156,7 +163,7 @@ def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Pl
     scratch: list[Scratch] = []
     if POLICIES[layer.policy].integer:
         steps.append(quantize_step(layer))
-        scratch.append(Scratch(name="codes", dtype="int8", per_token=layer.blocks * layer.variant.block))
+        scratch.append(Scratch(name="codes", dtype="int8", per_token=layer.width))
         scratch.append(Scratch(name="x_scale", dtype="float32", per_token=1))
     steps.append(gemm_step(layer, tile, splits, target))
     if splits > 1:

@@ -7,12 +7,15 @@ grid follows from the number of tokens; a `Plan` is the steps of one operator an
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from quant.kernels.gpu.layout import POLICIES
 
 Value = int | bool | str | None
 
@@ -75,11 +78,10 @@ def function(name: str) -> Any:
 
 def constants(program: Program) -> dict[str, Any]:
     """The constexpr arguments as Triton takes them: the policy's name becomes its function."""
-    from quant.kernels.gpu.jit import unpack
-
     values: dict[str, Any] = dict(program.constants)
     if "UNPACK" in values:
-        values["UNPACK"] = getattr(unpack, values["UNPACK"])
+        module = importlib.import_module(f"quant.kernels.gpu.jit.{POLICIES[values['UNPACK']].module}")
+        values["UNPACK"] = getattr(module, values["UNPACK"])
     return values
 
 

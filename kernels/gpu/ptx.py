@@ -41,6 +41,8 @@ OPCODES: dict[str, Callable[..., Tensor]] = {
     "shl.b32": lambda a, b: a << b,
     "shr.b32": lambda a, b: a >> b,
     "lop3.b32": combine_bits,
+    "mov.b32": lambda a: a.clone(),
+    "mul.lo.u32": lambda a, b: a * b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": permute_bytes,
 }

@@ -161,6 +161,10 @@ def load_bits(opcode: str) -> str:
     return found[1].lstrip("US") if found else "32"
 
 
+def spills(code: Iterable[Instruction]) -> int:
+    return sum(i.base in ("LDL", "STL") for i in code)
+
+
 def count(cubin: bytes, *, weights: int, tokens: int, warps: int) -> Counts:
     """`weights` = BN * BK of one K block, `tokens` = BM. A loop unrolled by the compiler is seen from its MMA work.
 
@@ -176,7 +180,7 @@ def count(cubin: bytes, *, weights: int, tokens: int, warps: int) -> Counts:
     blocks = max(1.0, work / (weights * tokens))
     return Counts(
         registers=registers,
-        spills=sum(i.base in ("LDL", "STL") for i in code),
+        spills=spills(code),
         instructions=len(trip),
         mma=sum(MMA.match(i.opcode) is not None for i in trip),
         alu=alu,

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from quant.kernels.activations.int_token import quantize_token
+from quant.kernels.activations.mxfp4 import MxFp4
+from quant.kernels.activations.nvfp4 import NvFp4
+from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int_group import IntGroup
-from quant.kernels.gpu import a8w4, launch, w8a8, wna16
+from quant.kernels.gpu import a8w4, fp4, launch, w8a8, wna16
 from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
 from quant.kernels.gpu.jit.gemm import bfloat16_bits
 from quant.kernels.gpu.plan import plan_with
@@ -149,6 +153,58 @@ def test_float_tokens(bits, group, symmetric):
         out = y.view(torch.int16) if dtype == torch.bfloat16 else y
         run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
         assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
+
+
+@pytest.mark.parametrize(("n", "k"), [(72, 416), (130, 96), (33, 672)])
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_four_bit_floats(kind, n, k):
+    """Against float64, tails of M, N and K; a block of scale 0, and scales over the whole range that counts."""
+    fmt = Fp4Block(kind=kind)
+    generator = torch.Generator().manual_seed(n + k)
+    fields = fmt.pack(fmt.nearest(torch.randn(n, k, generator=generator)))
+    scale = fields["weight_scale"].view(torch.uint8)
+    if kind == "nvfp4":
+        scale[:, 0] = torch.randint(0, 127, (n,), generator=generator)
+    else:
+        scale[:, 0] = scale[:, 1] - torch.randint(0, 25, (n,), generator=generator).to(torch.uint8)
+    fields["weight_packed"][:, 0] = torch.randint(0, 256, (n,), generator=generator)
+    weight = fmt.dequantize(fmt.unpack(fields, n, k)).double()
+    tensors = dict(zip(("weight", "words", "row_scale"), fp4.to_device_layout(fields, fmt, n, k)[:3], strict=True))
+    for m, dtype, shape, splits in [
+        (1, torch.float32, tile(16, 128), 2),
+        (17, torch.bfloat16, tile(32, 128, swap=True), 1),
+        (5, torch.float16, tile(16, 64), 1),
+    ]:
+        x = random_tokens(m, k, dtype)
+        y = torch.empty(m, n, dtype=dtype)
+        out = y.view(torch.int16) if dtype == torch.bfloat16 else y
+        layer = fp4.layer_of(n, k, kind, dtype, None)
+        run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
+        assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [MxFp4(), NvFp4(), NvFp4(four_six=True)], ids=str)
+def test_four_bit_tokens(activation, dtype):
+    """Tokens of the weights' own kind, of very different sizes."""
+    n, k, m = 40, 288, 5
+    fmt = Fp4Block(kind=activation.name)
+    generator = torch.Generator().manual_seed(4)
+    x = (torch.randn(m, k, generator=generator) * torch.logspace(-3, 3, m).unsqueeze(1)).to(dtype)
+    fields = fmt.pack(fmt.nearest(torch.randn(n, k, generator=generator))) | activation.fit(x.float(), x.abs().amax(0).float())
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda")
+    prepared = fp4.GpuFp4().prepare(fields, spec)
+    divisor, prepared = (prepared[0], prepared[1:]) if activation.name == "nvfp4" else (None, prepared)
+    seen = fp4.tokens(x, activation, divisor)
+    assert seen.dtype == fp4.tokens_as(activation, dtype)
+    layer = fp4.layer_of(n, k, fmt.kind, seen.dtype, None)
+    y = torch.empty(m, n, dtype=seen.dtype)
+    out = y.view(torch.int16) if dtype == torch.bfloat16 else y
+    tensors = dict(zip(("weight", "words", "row_scale"), prepared[:3], strict=True))
+    run(plan_with(layer, tile(16, 128), 1, "interpreter"), {"x": seen, "y": out, **tensors}, m)
+    weight = fmt.dequantize(fmt.unpack(fields, n, k)).double()
+    expected = activation.quantize(x, fields).double() @ weight.t()
+    assert relative(y.to(dtype), expected) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("m", [1, 17, 64])

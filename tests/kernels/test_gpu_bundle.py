@@ -17,9 +17,12 @@ import torch
 pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 
 from quant.kernels.activations.int_token import Int8Token
+from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.none import Unquantized
+from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.cpu.build import BuildError, compiler
 from quant.kernels.dispatch import MatmulSpec
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import a8w4, bundle, deployed, launch
@@ -388,6 +391,9 @@ def test_a_layer_is_found_for_every_kernel_without_a_gpu():
     assert found(Int4Dual(group=64), Int8Token()) == a8w4.layer_of(96, 192, 64, torch.float16, torch.empty(0).half())
     assert found(IntGroup(bits=8, group=-1, symmetric=True), Int8Token()).policy == "bytes8"
     assert found(IntGroup(bits=3, group=64, symmetric=False), Unquantized()).policy == "int3"
+    assert found(Fp4Block(kind="nvfp4"), NvFp4()).groups == 2
+    assert found(Fp4Block(kind="mxfp4"), Unquantized()).x == "float16"
+    assert found(Fp4Block(kind="mxfp4"), MxFp4()).x == "float32", "float16 has not the range of these tokens"
     reason = found(IntGroup(bits=4, group=64, symmetric=True), Int8Token())
     assert isinstance(reason, str)
     assert "gpu_wna16 takes float tokens" in reason

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="the fragments are part of Triton programs")
 
-from quant.kernels.gpu import ptx
-from quant.kernels.gpu.jit import fragments
+from quant.kernels.gpu import fp4, ptx
+from quant.kernels.gpu.jit import e2m1, fragments
 from quant.kernels.gpu.layout import POLICIES, spread_zero
+from quant.kernels.minifloat import E2M1
 
 
 def packed_cases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,7 +109,9 @@ def test_code_minus_zero_is_exact(policy, name, bits, kind):
     code, zero = torch.arange(2**bits)[:, None], torch.arange(2**bits)[None]
     for shift, start, exponent in getattr(fragments, f"{name}_{kind}_PLACES").value:
         base = halves(torch.tensor(exponent), dtype)[0]
-        placed = (spread_zero(zero, bits) << shift & (2**bits - 1) << start) | exponent
+        word = (spread_zero(zero, bits) << 16 | 0xFFFF) << shift & 0xFFFFFFFF  # beside the bits of any scale
+        operands = [word, torch.tensor((2**bits - 1) << start + 16), torch.tensor(exponent * fragments.TWICE)]
+        placed = ptx.run(fragments.ZERO.value, operands, 1)[0] >> 16
         assert torch.equal(halves(placed, dtype)[0], base + zero), "not under its exponent"
         difference = (base + code).to(dtype) - halves(placed, dtype)[0].to(dtype)
         assert torch.equal(difference.double(), (code - zero).double())
@@ -123,6 +126,38 @@ def test_bytes_become_floats_exactly():
     code, zero = torch.arange(256)[:, None], torch.arange(256)[None]
     difference = (2.0**23 + code).float() - (zero | 0x4B000000).to(torch.int32).view(torch.float32)
     assert torch.equal(difference.to(torch.bfloat16).double(), (code - zero).double())
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_four_bit_floats_and_their_scales_are_exact(kind):
+    """Every code in every place of a word, the other places mixed; every byte as either scale, from every byte of the word."""
+    dtype, folded = (torch.float16, -14) if kind == "fp16" else (torch.bfloat16, -126)
+    codes = (every_byte()[:, None] * 2654435761 ^ every_byte()[None, ::7]).flatten() & 0xFFFFFFFF
+    one = torch.arange(16)[:, None, None] << 4 * torch.arange(8)[None, :, None]
+    rest = codes[: 16 * 997 : 16][None, None] & ~(15 << 4 * torch.arange(8)[None, :, None])
+    nibbles = (rest | one).flatten()
+    signed = torch.where(nibbles < 2**31, nibbles, nibbles - 2**32).to(torch.int32)
+    placed = fp4.scatter(signed.view(torch.uint8)).view(torch.int32)
+    assert torch.equal(fp4.gather(placed.view(torch.uint8)).view(torch.int32), signed)
+    word = placed.to(torch.int64) & 0xFFFFFFFF
+    values = E2M1.decode(lanes(nibbles) & 15), E2M1.decode(lanes(nibbles) >> 4)
+    out = ptx.run(e2m1.fragment(kind, 0, 2), [word, torch.zeros(1, dtype=torch.int64)], 8)
+    for i, expected in enumerate(values):
+        for j in (0, 1):
+            got = halves(out[2 * i + j], dtype)
+            assert torch.equal(got, expected[[2 * j, 2 * j + 1]].double() * 2.0**folded), (i, j)
+    byte = torch.arange(8, 31 << 3)  # the exponents that occur
+    scale = (1 + (byte & 7) / 8) * 2.0 ** ((byte >> 3) - 15) * (1 if kind == "fp16" else 2.0**112)
+    for low in range(4):
+        for high in range(4):
+            scales = byte << 8 * low | (byte.flip(0) << 8 * high if high != low else 0)
+            out = ptx.run(e2m1.fragment(kind, low, high), [torch.zeros_like(byte), *[scales] * 4], 8)
+            for register, expected in zip(out[4:], [scale, scale, *[scale if high == low else scale.flip(0)] * 2], strict=True):
+                assert torch.equal(halves(register, dtype), torch.stack([expected] * 2).double()), (low, high)
+
+
+def test_both_sides_agree_where_the_bits_are():
+    assert e2m1.PLACES.value == fp4.PLACES
 
 
 def test_unknown_opcodes_do_not_pass():

@@ -12,17 +12,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quant.kernels.activation import Activation
 from quant.kernels.activations.int_token import Int8Token, quantize_token
 from quant.kernels.activations.none import Unquantized
+from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Codes
+from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import tiles
 from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
+from quant.kernels.gpu.fp4 import GpuFp4, gpu_fp4
 from quant.kernels.gpu.launch import MAX_K
 from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, to_words, unpack_weight
 from quant.kernels.gpu.plan import Layer, plan
 from quant.kernels.gpu.w8a8 import DIVISOR, GpuW8A8, gpu_w8a8
 from quant.kernels.gpu.wna16 import GpuWnA16, gpu_wna16
+from quant.kernels.minifloat import E2M1
 
 KERNEL = GpuA8W4()
 INT8, FLOAT = Int8Token(), Unquantized()
@@ -65,6 +69,57 @@ def test_restore_is_the_inverse_of_prepare(dual_layer, n, k, group):
 def test_restore_is_the_inverse_of_prepare_for_int_group(n, k, group, bits, symmetric):
     fmt = IntGroup(bits=bits, group=group, symmetric=symmetric)
     assert_restored(GpuWnA16(), fmt.pack(int_codes(fmt, n, k)), int_spec(fmt, n, k))
+
+
+def fp4_spec(kind: str, n: int = 48, k: int = 192, activation: Activation = FLOAT, device: str = "cuda") -> MatmulSpec:
+    return MatmulSpec(n=n, k=k, format=Fp4Block(kind=kind), activation=activation, device=device)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize(("n", "k"), [(33, 96), (130, 256), (7, 1056)])
+def test_restore_is_the_inverse_of_prepare_for_fp4(n, k, kind, zeros):
+    """Every code and, for nvfp4, every scale; blocks that count as zeros keep their bytes."""
+    generator = torch.Generator().manual_seed(n + k)
+    s = fp4_spec(kind, n, k)
+    fields = s.format.pack(s.format.nearest(torch.randn(n, k, generator=generator)))
+    fields["weight_packed"] = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    scale = fields["weight_scale"].view(torch.uint8)
+    if kind == "nvfp4":
+        scale.copy_(torch.randint(1, 127, scale.shape, generator=generator))
+    if zeros:
+        scale[3, 1] = 0
+    assert_restored(GpuFp4(), fields, s)
+    assert len(GpuFp4().prepare(fields, s)) == 3 + (kind == "nvfp4") + 2 * zeros
+    picked = torch.tensor([5, 3, 3])
+    rows, whole = GpuFp4().rows(GpuFp4().prepare(fields, s), picked, s), s.format.unpack(fields, n, k)
+    assert torch.equal(rows.codes, whole.codes[picked])
+    assert torch.equal(rows.params["weight_scale"].view(torch.uint8), scale[picked])
+    if kind == "nvfp4":
+        tokens = {"input_global_scale": torch.tensor([48.0])}
+        assert_restored(GpuFp4(), fields | tokens, fp4_spec(kind, n, k, NvFp4()))
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_the_fp4_layout_means_the_same_weights(kind):
+    """Read the bits as the head of `jit/e2m1.py` describes them, in plain loops."""
+    s = fp4_spec(kind, 3, 160)
+    fields = s.format.pack(s.format.nearest(torch.randn(3, 160, generator=torch.Generator().manual_seed(1))))
+    weight, words, row_scale, *_ = GpuFp4().prepare(fields, s)
+    expected = s.format.dequantize(s.format.unpack(fields, 3, 160))
+    per_block = 8 if kind == "nvfp4" else 4
+    for row in range(3):
+        for column in range(160):
+            block, inside = divmod(column, 128)
+            slice_, j = divmod(inside, 16)
+            word = int(weight.view(torch.int32)[(4 * block + slice_ // 2) * 3 + row, j // 4]) & 0xFFFFFFFF
+            low, sign = ((9, 15), (6, 13), (3, 12), (0, 14))[2 * (slice_ % 2) + j % 4 // 2]
+            code = word >> low + 16 * (j % 2) & 7 | (word >> sign + 16 * (j % 2) & 1) << 3
+            index = slice_ * per_block // 8
+            byte = int(words[(block * per_block // 4 + index // 4) * 3 + row]) >> 8 * (index % 4) & 255
+            scale = (1 + (byte & 7) / 8) * 2.0 ** ((byte >> 3) - 15)
+            value = (1 - 2 * (code >> 3)) * float(E2M1.magnitudes[code & 7])
+            assert value * scale * 2.0**-14 * float(row_scale[row]) == pytest.approx(float(expected[row, column]), rel=1e-6)
 
 
 def test_w8a8_keeps_its_divisor():
@@ -136,6 +191,10 @@ def test_a_group_that_leaves_a_byte_is_an_error(dual_layer):
         (GpuWnA16(), int_spec(IntGroup(group=48)), "group length that 32 divides, not 48"),
         (GpuWnA16(), int_spec(IntGroup(), activation=Int8Token()), "float tokens"),
         (GpuWnA16(), spec(), "int_group"),
+        (GpuFp4(), fp4_spec("nvfp4", device="cpu"), "runs on cuda, not on cpu"),
+        (GpuFp4(), fp4_spec("nvfp4", activation=Int8Token()), "float or nvfp4 tokens"),
+        (GpuFp4(), fp4_spec("mxfp4", activation=NvFp4()), "float or mxfp4 tokens"),
+        (GpuFp4(), spec(), "fp4_block"),
         (GpuW8A8(), int_spec(W8, activation=Int8Token(), device="cpu"), "runs on cuda, not on cpu"),
         (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation=Int8Token()), "symmetric"),
         (GpuW8A8(), int_spec(W8), "int8_token"),
@@ -152,6 +211,7 @@ def test_without_a_gpu_dispatch_keeps_the_reason():
         (spec(), "gpu_a8w4"),
         (int_spec(IntGroup()), "gpu_wna16"),
         (int_spec(W8, activation=Int8Token()), "gpu_w8a8"),
+        (fp4_spec("nvfp4"), "gpu_fp4"),
     ):
         kernel, refusals = choose(given)
         assert not kernel.name.startswith("gpu")
@@ -168,6 +228,7 @@ def test_the_operators_have_fakes():
             gpu_a8w4(x, weight, words, scale, None, 64),
             gpu_wna16(x, weight, words, scale, scale, 4, 64),
             gpu_w8a8(x, weight, scale, torch.empty(192, device="cuda"), None),
+            gpu_fp4(x, weight, words, scale, None, "nvfp4"),
         ]
     assert all((y.shape, y.dtype, y.device.type) == ((3, 48), torch.bfloat16, "cuda") for y in outputs)
 

@@ -1,7 +1,7 @@
 """The activation program: optional input vector, row absmax, int8 codes and, where asked for, sums of the codes by group.
 
-Reproduces `kernels.activation.quantize_token` (of x / divisor) bit for bit. It must be compiled with fusion off: a fused
-multiply-add would skip the rounding of x * (1 / scale) that the reference makes, and move codes at ties.
+Reproduces `kernels.activations.int_token.quantize_token` (of x / divisor) bit for bit. It must be compiled with fusion off: a
+fused multiply-add would skip the rounding of x * (1 / scale) that the reference makes, and move codes at ties.
 """
 
 # Triton takes its argument types from the launch; an annotation other than constexpr would not compile.

@@ -85,6 +85,11 @@ PAIRS_BF16 = tl.constexpr(split_fields(2, [(0, 0, 0x4300), (0, 2, 0x4200), (0, 4
 TRIPLES_FP16 = tl.constexpr(three_bit_fields(bfloat16=False))
 TRIPLES_BF16 = tl.constexpr(three_bit_fields(bfloat16=True))
 
+# The zero point of a group, put under the exponent of a slice in the upper half of a word. $1: parameter word, shifted;
+# $2: mask of the field in the upper half; $3: the exponent, twice. As a fragment, because Triton's compiler would narrow the
+# constant to 16 bits, which is not the one that the codes' own lop3 keeps in a register: a move for every zero.
+ZERO = tl.constexpr(f"lop3.b32 $0, $1, $2, $3, {AND_OR:#x};")
+
 # Where the fragment leaves the code of each slice, so that the spread zero point of a group (`spread_zero` in layout.py) can be
 # put under the same exponent: (left shift of the spread zero, first bit of the field, exponent).
 NIBBLES_FP16_PLACES = tl.constexpr(((0, 0, 0x6400), (0, 4, 0x5400)))

@@ -39,6 +39,7 @@ from quant.kernels.gpu.jit.fragments import (
     TRIPLES_BF16_PLACES,
     TRIPLES_FP16,
     TRIPLES_FP16_PLACES,
+    ZERO,
 )
 
 
@@ -96,11 +97,11 @@ def from_fields(fields, words, PLACES: tl.constexpr, BITS: tl.constexpr, COMPUTE
     NARROW: tl.constexpr = tl.bfloat16 if COMPUTE == "bf16" else tl.float16  # float32 unpacks through float16: exact too
     for i in tl.static_range(len(fields)):
         word = words[i * len(words) // len(fields)]
-        zero = (
-            ((((word >> 16) << PLACES[i][0]) & ((2**BITS - 1) << PLACES[i][1])) | PLACES[i][2])
-            .to(tl.int16)
-            .to(NARROW, bitcast=True)
-        )
+        mask = tl.full(word.shape, (2**BITS - 1) << (PLACES[i][1] + 16), tl.int32)
+        exponent = tl.full(word.shape, PLACES[i][2] * 0x10001, tl.int32)
+        args = [word << PLACES[i][0], mask, exponent]
+        both = tl.inline_asm_elementwise(ZERO, "=r,r,r,r", args, dtype=tl.int32, is_pure=True, pack=1)
+        zero = (both >> 16).to(tl.int16).to(NARROW, bitcast=True)
         w = (fields[i] - zero).to(T)
         if SCALED:
             w = w * group_scale(word, T)
