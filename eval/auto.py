@@ -23,6 +23,7 @@ import torch
 from quant import text
 from quant.api import compile_folder
 from quant.budget import Losses, measured
+from quant.eval import loading
 from quant.eval.judge import Judge, SpeechJudge, TextJudge
 from quant.eval.report import identity_of
 from quant.kernels.format import Format, fit_group
@@ -59,6 +60,7 @@ def choose(given: str, bits: float | None, sets: Sequence[str], device: torch.de
     """
     if bits is None:
         raise ValueError("recipe auto needs a budget; give --bits, for instance --bits 4.5")
+    loading.require_next_token(resolve(given))
     plans = candidates(given, bits, sets, device, say)
     if not plans:
         raise ValueError(f"no recipe packs this model in {bits:g} bits per weight; give more --bits")

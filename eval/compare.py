@@ -202,6 +202,7 @@ def command(
     usable_device(device)
     source = resolve(model, lambda line: click.echo(line, err=True))
     kind = require_data(source, text, audio, limit)
+    loading.require_next_token(source)
     judge: Judge
     if kind == "speech":
         assert audio is not None

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from quant.eval import harness, loading, perplexity, report, speech
+from quant.eval import harness, loading, masked, perplexity, report, speech
 from quant.resources import peak_memory_bytes
 
 
@@ -55,7 +55,7 @@ def speech_part(
 def require_data(folder: Path, text: Any, audio: str | None, limit: int | None) -> loading.Kind:
     """The kind of model in `folder`; ValueError unless the data to measure it on are of that kind."""
     kind = loading.kind(folder)
-    wrong = {"text": ("--audio", audio), "speech": ("--text or --tasks", text)}[kind]
+    wrong = {"speech": ("--text or --tasks", text)}.get(kind, ("--audio", audio))
     if wrong[1]:
         raise ValueError(f"{wrong[0]} does not apply: {folder} holds a {kind} model")
     if kind == "speech" and audio is None:
@@ -88,11 +88,16 @@ def evaluate(
     start = time.perf_counter()
     model = loading.load(folder, loading.DTYPES[dtype], device)
     reference = loading.load(against, loading.DTYPES[dtype], device) if against is not None else None
-    text_result = speech_result = None
+    text_result = masked_result = speech_result = None
     found: dict[str, dict[str, float | str]] = {}
     reference_found: dict[str, dict[str, float | str]] = {}
     if audio is not None:
         corpus, speech_result = speech_part(folder, model, reference, audio, limit, language, progress)
+    elif kind == "masked":
+        if tasks:
+            raise ValueError(f"--tasks does not apply: {folder} holds a masked-diffusion model, not a next-token one")
+        corpus, tokens, _ = read_windows(folder, model.config, text, length, limit)
+        masked_result = masked.evaluate(model, tokens, loading.masking_of(folder), reference, progress=progress)
     else:
         corpus, text_result, tokenizer = text_part(folder, model, reference, text, length, limit, progress)
         if tasks:
@@ -111,6 +116,7 @@ def evaluate(
         seconds=time.perf_counter() - start,
         versions=loading.versions(),
         text=text_result,
+        masked=masked_result,
         speech=speech_result,
         tasks=found,
         reference_tasks=reference_found,
@@ -142,7 +148,10 @@ def command(
     device: str,
     json_path: Path | None,
 ) -> None:
-    """Perplexity, KL divergence and top-1 agreement of OUT; word error rate for speech; lm-eval tasks."""
+    """Perplexity, KL divergence and top-1 agreement of OUT; word error rate for speech; lm-eval tasks.
+
+    A masked-diffusion model has a bound of its likelihood in place of perplexity, and agreement at masked positions.
+    """
     loading.quiet()
     folder, other = loading.sides(out, against, click.echo)
     with Bar(console=Console(stderr=True), transient=True) as bar:

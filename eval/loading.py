@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["text", "speech"]
+from quant.masked import Masking, bidirectional, masking
+
+Kind = Literal["text", "masked", "speech"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,16 +34,40 @@ def is_ours(folder: Path) -> bool:
 
 
 def kind(folder: Path) -> Kind:
-    """Whether `folder` holds a speech recognizer (an encoder-decoder that hears) or a causal language model."""
+    """Whether `folder` holds a speech recognizer (an encoder-decoder that hears), a masked-diffusion language model or a
+    causal one.
+
+    Raises ValueError for any other encoder-decoder, and for a model that attends to both sides but names no mask token.
+    """
     config = read_json(folder / "config.json")
     if not config.get("is_encoder_decoder"):
-        return "text"
+        if bidirectional(config) and masking(config) is None:
+            raise ValueError(
+                f"{folder} holds a model that attends to both sides, so it has no perplexity, and names no mask token; "
+                "if it fills in masks, write mask_token_id into its config.json"
+            )
+        return "masked" if bidirectional(config) else "text"
     if config.get("model_type") in {"whisper", "moonshine", "speech_to_text"}:
         return "speech"
     raise ValueError(
         f"{folder} is an encoder-decoder of type {config.get('model_type')!r}; evaluated are causal language models and "
         "speech recognizers (whisper, moonshine, speech_to_text)"
     )
+
+
+def masking_of(folder: Path) -> Masking:
+    """How the masked-diffusion model of `folder` is masked."""
+    found = masking(read_json(folder / "config.json"))
+    assert found is not None, folder
+    return found
+
+
+def require_next_token(folder: Path) -> None:
+    """Raise ValueError for a model that does not write token after token, each from those before."""
+    if kind(folder) == "masked":
+        raise ValueError(
+            f"{folder} holds a masked-diffusion model, which does not write token after token; `quantize eval` measures it"
+        )
 
 
 def load(folder: Path, dtype: torch.dtype, device: str, compile: bool | None = False) -> Any:  # noqa: A002

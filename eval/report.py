@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant.eval.divergence import Fidelity
+from quant.eval.masked import MaskedResult
 from quant.eval.perplexity import TextResult
 from quant.eval.speech import SpeechResult, Transcription
 from quant.eval.speed import Side, SpeedResult, Spread
@@ -41,6 +42,7 @@ class Evaluation:
     seconds: float
     versions: dict[str, str]
     text: TextResult | None = None
+    masked: MaskedResult | None = None
     speech: SpeechResult | None = None
     tasks: dict[str, dict[str, float | str]] = field(default_factory=dict)
     reference_tasks: dict[str, dict[str, float | str]] = field(default_factory=dict)
@@ -75,6 +77,15 @@ def show(result: Evaluation, console: Console | None = None) -> None:
             f"{result.text.tokens} predictions"
         )
         console.print(_text_table(result.text))
+    if result.masked is not None:
+        masked = result.masked
+        console.print(
+            f"text: {result.corpus}, {masked.windows} windows of {masked.length} tokens, masked by token {masked.mask_token} "
+            f"(seed {masked.seed})"
+        )
+        console.print(_masked_table(masked))
+        if masked.fidelity:
+            console.print(_masks_table(masked))
     if result.speech is not None:
         speech = result.speech
         console.print(
@@ -145,6 +156,30 @@ def _text_table(text: TextResult) -> Table:
         pm(text.reference_perplexity, None, ".4f"),
         pm(text.ratio, text.ratio_error, ".5f"),
     )
+    return table
+
+
+def _masked_table(masked: MaskedResult) -> Table:
+    table = table_of(f"{masked.draws} masks of each window", "model", "reference", "difference")
+    table.add_row(
+        "bound of -log p, nats per token",
+        pm(masked.bound, masked.bound_error, ".4f"),
+        pm(masked.reference_bound, None, ".4f"),
+        pm(masked.difference, masked.difference_error, "+.5f"),
+    )
+    return table
+
+
+def _masks_table(masked: MaskedResult) -> Table:
+    table = table_of("against the reference, share of masks", *masked.fidelity)
+    rows: dict[str, Callable[[Fidelity], str]] = {
+        "masked tokens": lambda one: str(one.tokens),
+        "mean KL divergence, nats": lambda one: pm(one.kl_mean, one.kl_error, ".6f"),
+        "99 % KL": lambda one: f"{one.kl_p99:.5f}",
+        "top-1 agreement": lambda one: pm(one.top1, one.top1_error, ".3%"),
+    }
+    for name, read in rows.items():
+        table.add_row(name, *(read(one) for one in masked.fidelity.values()))
     return table
 
 

@@ -52,6 +52,7 @@ def command(out: str, given: str, new: int, dtype: str, device: str, compiled: b
 
     loading.quiet()
     folder = resolve(out)
+    loading.require_next_token(folder)
     speech = loading.kind(folder) == "speech"
     model = loading.load(folder, loading.DTYPES[dtype], device, compiled or None)
     console = Console(soft_wrap=True, highlight=False, markup=False)

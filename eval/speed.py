@@ -104,6 +104,7 @@ def compare(
     """
     if min(threads, repeats, work.prompt, work.new) < 1 or warmup < 0:
         raise ValueError("--threads, --repeats, --prompt and --new must be at least 1, --warmup at least 0")
+    loading.require_next_token(folder)
     sides = [contender.ours("model", folder, dtype, device, eager)]
     if against is not None:
         sides.append(contender.ours("against", against, dtype, device, eager))

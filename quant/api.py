@@ -117,6 +117,8 @@ def compile_folder(
     checkpoint.write(final, plan.pieces(work.made()))
     config = json.loads((plan.source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = plan.config_section()
+    if plan.masking is not None:
+        config["mask_token_id"] = plan.masking.token  # as the calibration had it, for `quantize eval`
     (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (final / "recipe.yaml").write_text(plan.recipe.dump(), encoding="utf-8")
     tuned = [tuner.tune(final, plan, device, work.folder / f"tuned-{i}", tell) for i, tuner in enumerate(plan.recipe.tuners())]

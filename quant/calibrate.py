@@ -25,10 +25,15 @@ from quant.stats import ROWS_KEPT, InputStats
 
 @dataclass
 class Sample:
-    """Keyword inputs of one forward pass [B, ...], and token masks (False = padding) by sequence length: L -> [B, L]."""
+    """Keyword inputs of one forward pass [B, ...], and how much each token counts by sequence length: L -> [B, L].
+
+    masks: bool (False = padding), or weights of errors, float32 in [0, 1]. predicted: bool [L], the positions whose output is
+    a prediction; None for all.
+    """
 
     inputs: dict[str, Tensor]
     masks: dict[int, Tensor] = field(default_factory=dict)
+    predicted: Tensor | None = None
 
 
 @dataclass

@@ -14,7 +14,8 @@ import torch
 from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme_of, sentinel
 from quant.embedding import Head, UnpackableHead, packable
 from quant.kernels.dispatch import MatmulSpec, choose
-from quant.models import Entry, Weights, index, resolve
+from quant.masked import Masking, masking_for
+from quant.models import Entry, Weights, index, read_json, resolve
 from quant.naming import experts_apart, match_names
 from quant.recipe import Recipe
 from quant.refine import refined
@@ -29,7 +30,7 @@ class Plan:
     """given: the model as the user named it. disk: parameter name in memory -> tensor name on disk.
 
     tensors: the source's, experts that it stores together shown apart. note: in one line, what of the recipe this model does
-    not take.
+    not take. masking: how calibration masks the text of a masked-diffusion model.
     """
 
     given: str
@@ -41,6 +42,7 @@ class Plan:
     disk: dict[str, str]
     tensors: dict[str, Entry] = field(repr=False)
     note: str = ""
+    masking: Masking | None = None
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -144,15 +146,18 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
     stacks = find_stacks(model)
     tensors = experts_apart(model, index(source))
     disk = disk_names(model, tensors)
-    note = ""
+    rows = getattr(model.config.get_text_config(), "vocab_size", 0)
+    masking, note = masking_for(read_json(source / "config.json"), recipe.calibration, rows)
     try:
         selection = select(model, stacks, recipe)
         if selection.head is not None:
             require_one_table(selection.head, disk, tensors)
+            if selection.head.tied and masking is not None:
+                raise UnpackableHead(f"the embedding of mask token {masking.token} must stay exact; leave it with head: null")
     except UnpackableHead as error:
         if not recipe.head_optional:
             raise
-        note = f"the head stays in float: {error}"
+        note = "; ".join(filter(None, [note, f"the head stays in float: {error}"]))
         recipe = recipe.model_copy(update={"head": None})
         selection = select(model, stacks, recipe)
     for name in selection.targets:
@@ -165,7 +170,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
     if absent:
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
     recipe, selection = refined(recipe, selection, Weights(source, tensors), disk)
-    plan = Plan(str(given), source, recipe, model, stacks, selection, disk, tensors, note)
+    plan = Plan(str(given), source, recipe, model, stacks, selection, disk, tensors, note, masking)
     if recipe.bits is None:
         return plan
     from quant.budget import within  # it measures on a plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -27,12 +27,16 @@ class Calibration(Frozen):
 
     expert_tokens: an expert that sees fewer is quantized from its weights alone. On SmolLM2-135M, GPTQ at 4 bits with 32
     tokens loses on other text what it loses without data (down_proj of block 10, K = 1536) or 7 % less (gate_proj, K = 576).
+    mask_token: of a masked-diffusion model; null: what its config.json says; none: plain text. visible_weight: of errors at
+    positions that are not masked, where those that are weigh 1 (quant/masked.py).
     """
 
     tokens: int = Field(default=32768, ge=1)
     length: int = Field(default=512, ge=8)
     clips: int = Field(default=40, ge=1)
     expert_tokens: int = Field(default=32, ge=1)
+    mask_token: int | Literal["none"] | None = None
+    visible_weight: float = Field(default=0.5, gt=0, le=1)
     source: str | None = None
 
 

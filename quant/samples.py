@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quant import audio, text
 from quant.calibrate import Sample
+from quant.masked import bidirectional, masked_samples
 from quant.plan import COMPUTE, Plan
 
 IDENTITIES: dict[Any, str] = {}  # of data that were read in this process
@@ -62,11 +63,14 @@ def text_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]:
             f"the tokenizer in {plan.source} makes token {int(found.tokens.max())}, the model has {rows}; "
             "put the model's own tokenizer there"
         )
-    samples = [Sample({"input_ids": row.unsqueeze(0).to(device)}) for row in found.tokens]
-    line = f"{corpus.name}: {len(samples)} windows of {wanted.length} tokens"
-    if len(samples) < count:
+    line = f"{corpus.name}: {len(found.tokens)} windows of {wanted.length} tokens"
+    if len(found.tokens) < count:
         line += f" ({count} asked, {found.available} tokens available)"
-    return samples, line
+    if plan.masking is None:
+        line += ", none masked" if bidirectional(plan.model.config.to_dict()) else ""
+        return [Sample({"input_ids": row.unsqueeze(0).to(device)}) for row in found.tokens], line
+    samples, masked = masked_samples(found.tokens, plan.masking, wanted, plan.recipe.seed, device)
+    return samples, f"{line}, {masked}"
 
 
 def preprocessor(plan: Plan, auto: str) -> Any:

@@ -129,6 +129,7 @@ def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> int:
     with torch.enable_grad(), forwards(replacements):
         assert not plan.model.get_output_embeddings().weight.is_meta
         logits = plan.model(**sample.inputs, use_cache=False).logits[0].float()
+        logits = logits if sample.predicted is None else logits[sample.predicted]
         scores = torch.log_softmax(logits, -1)
         drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(seed))
         (-scores.gather(1, drawn.to(scores.device)).sum()).backward()  # type: ignore[no-untyped-call]
@@ -156,7 +157,7 @@ def backward(
             inputs[target] = args[0]
             sources.setdefault(target, next(t for t, seen in inputs.items() if seen is args[0]))
             mask = mask_for(x, sample)
-            keep = slice(None) if mask is None else mask.reshape(-1)
+            keep = slice(None) if mask is None else mask.reshape(-1) > 0
             rows = x.reshape(-1, x.shape[-1])[keep].float()
             if sources[target] == target:
                 grams[target] = grams.get(target, 0) + rows.T @ rows

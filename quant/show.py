@@ -43,6 +43,9 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
         console.print(f"kernel on {device}: {kernel} for {count} layers" + (f" ({why})" if why else ""))
     bits = 8 * plan.packed_bytes() / plan.packed_weights()
     console.print(f"packed linears: {plan.packed_weights():,} weights at {bits:.3f} bits, {megabytes(plan.packed_bytes())}")
+    if plan.masking is not None:
+        weight = recipe.calibration.visible_weight
+        console.print(f"calibration text is masked by token {plan.masking.token}; errors at visible tokens weigh {weight:g}")
     head, table = plan.selection.head, plan.selection.table
     if head is not None and table is not None:
         stored, bits = table.format.stored_bytes(table.n, table.k), table.format.bits_per_weight(table.n, table.k)

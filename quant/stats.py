@@ -19,15 +19,15 @@ ROWS_KEPT = 8  # tokens per sequence that are kept as they are
 class InputStats:
     """Sums over calibration tokens, float32 on the device the block ran on.
 
-    gram: X^T X of the quantized chain, [K, K]; filled by `finish`.
-    drift: (X_float - X)^T X, what quantizing the blocks before has changed, [K, K]; None where no pass asks for it.
+    gram: X^T diag(w) X of the quantized chain, [K, K], w the weights of the tokens; filled by `finish`.
+    drift: (X_float - X)^T diag(w) X, what quantizing the blocks before has changed, [K, K]; None where no pass asks for it.
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
     rows: a few whole tokens of each sequence, evenly spread: a list of [up to `kept`, K].
     tokens: tokens seen, padding excluded.
     divided, offset: what folds have done to the channels since: they were X divided + offset, [K]; None before the first.
     data: False where these were too few to go by: then gram is the identity, and errors of outputs are errors of weights.
-    total, drift_total: sums over tokens of X and of X_float - X, [K].
+    total, drift_total, mass: weighted sums over tokens of X and of X_float - X, [K], and of 1.
     inputs: the tensors that the activation rule stores, where a pass has chosen them; None leaves that to the rule.
     """
 
@@ -43,6 +43,7 @@ class InputStats:
     kept: int = ROWS_KEPT
     total: Tensor | None = None
     drift_total: Tensor | None = None
+    mass: float = 0.0
     inputs: Fields | None = None
 
     @classmethod
@@ -58,9 +59,9 @@ class InputStats:
         return replace(stats, drift=torch.zeros_like(stats.gram), drift_total=total.clone()) if drift else stats
 
     def add(self, x: Tensor, x_float: Tensor | None, mask: Tensor | None) -> None:
-        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding."""
+        """Account for x and x_float [B, L, K] of the two chains; mask [B, L] is False on padding, or weighs the tokens."""
         for row in range(x.shape[0]):
-            keep = slice(None) if mask is None else mask[row]
+            keep = slice(None) if mask is None else mask[row] > 0
             here = x[row][keep].float()
             if not len(here):
                 continue
@@ -70,14 +71,17 @@ class InputStats:
             self.token_absmax.append(size.amax(1))
             self.rows.append(here[:: -(-len(here) // self.kept)].clone())  # a view would keep all of `here`
             self.tokens += len(here)
-            self.total += here.sum(0)
+            weights = here.new_ones(len(here), 1) if mask is None else mask[row][keep].float().unsqueeze(1)
+            weighed = here if mask is None else here * weights
+            self.mass += float(weights.sum())
+            self.total += weighed.sum(0)
             for start in range(0, here.shape[1], GRAM_BLOCK):  # above the diagonal only: the Gram matrix is symmetric
                 columns = slice(start, start + GRAM_BLOCK)
-                self.gram[columns, start:].addmm_(here[:, columns].T, here[:, start:])
+                self.gram[columns, start:].addmm_(weighed[:, columns].T, here[:, start:])
             if self.drift is not None:
                 assert x_float is not None
                 assert self.drift_total is not None
-                difference = x_float[row][keep].float() - here
+                difference = (x_float[row][keep].float() - here) * weights
                 self.drift_total += difference.sum(0)
                 # a small difference needs no float32: its own rounding is what a bfloat16 product loses
                 self.drift += difference.to(x_float.dtype).T @ here.to(x_float.dtype)
@@ -134,8 +138,8 @@ class InputStats:
         self.offset = self.offset + shift * self.divided
         assert self.total is not None
         cross = self.total.outer(shift)
-        self.gram += self.tokens * shift.outer(shift) - cross - cross.T
-        self.total = self.total - self.tokens * shift
+        self.gram += self.mass * shift.outer(shift) - cross - cross.T
+        self.total = self.total - self.mass * shift
         if self.drift is not None:
             assert self.drift_total is not None
             self.drift -= self.drift_total.outer(shift)
