@@ -88,7 +88,7 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each config class has its own complaints, some of them over many lines
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ValueError(f"{folder}/config.json cannot be used: {reason}") from error

@@ -160,6 +160,7 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
         note = "; ".join(filter(None, [note, f"the head stays in float: {error}"]))
         recipe = recipe.model_copy(update={"head": None})
         selection = select(model, stacks, recipe)
+    require_apart(selection.targets, model)
     for name in selection.targets:
         if f"{name}.weight" not in disk:
             raise ValueError(
@@ -176,6 +177,17 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
     from quant.budget import within  # it measures on a plan
 
     return within(plan, device or torch.device("cpu"), say)
+
+
+def require_apart(targets: Mapping[str, Target], model: Any) -> None:
+    """Raise ValueError for two layers of one weight: blocks are calibrated one after another, each with its own inputs."""
+    shared = {copy: source for copy, source in model.all_tied_weights_keys.items() if copy.removesuffix(".weight") in targets}
+    if shared:
+        copy, source = next(iter(shared.items()))
+        raise ValueError(
+            f"{type(model).__name__} runs blocks twice with one set of weights ({copy} is {source}); a block is calibrated and "
+            "packed where it stands, so this model cannot be quantized yet"
+        )
 
 
 def require_one_table(head: Head, disk: Mapping[str, str], tensors: Mapping[str, Entry]) -> None:

@@ -70,6 +70,44 @@ def llama_folder(folder: Path, **how: Any) -> Path:
     return folder
 
 
+MASK = WORDS - 1  # no token of `tokenizer`
+
+
+def diffusion(*, tied: bool = False, seed: int = 0, layers: int = 3, **config: Any) -> LlamaForCausalLM:
+    """`llama` as a masked-diffusion model: attention to both sides, token MASK stands where a token is to be filled in."""
+    model = llama(tied=tied, seed=seed, layers=layers)
+    model.config.update({"is_causal": False, "mask_token_id": MASK, **config})
+    return model
+
+
+def diffusion_folder(folder: Path, *, steps: int = 0, **how: Any) -> Path:
+    """`diffusion` saved with its tokenizer, after `steps` steps of training to fill in masks on the Python manual."""
+    model = diffusion(**how)
+    if steps:
+        train_to_fill_in(model.float(), steps, how.get("seed", 0))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train_to_fill_in(model: Any, steps: int, seed: int, length: int = 64, batch: int = 16) -> None:
+    """Minimize the cross-entropy at masked positions, a share of them drawn uniformly for each window."""
+    from quant.text import documents, windows
+
+    rows = windows(tokenizer(), documents("manual", "calibration"), length, None, seed).tokens
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in range(steps):
+        ids = rows[torch.randint(len(rows), (batch,), generator=draw)]
+        masked = torch.rand(batch, length, generator=draw) < torch.rand(batch, 1, generator=draw).clamp_min(0.02)
+        logits = model(input_ids=ids.masked_fill(masked, MASK), use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[masked], ids[masked]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
 MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe")
 
 
@@ -157,3 +195,23 @@ def edit_json(path: Path, change: Any) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
+
+
+def block_diffusion_folder(folder: Path) -> Path:
+    """A random DiffusionGemma of two blocks, whose encoder and decoder are one set of weights. It has no tokenizer."""
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16}
+    text = shape | ids | {"vocab_size": 120, "num_hidden_layers": 2, "num_key_value_heads": 1, "sliding_window": 16}
+    text |= {"layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    vision = shape | {"model_type": "gemma4_vision", "num_hidden_layers": 1, "num_key_value_heads": 2}
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text,
+        vision_config=vision | {"position_embedding_size": 16},
+        canvas_length=8,
+        image_token_id=116,
+        boi_token_id=117,
+        eoi_token_id=118,
+    )
+    transformers.DiffusionGemmaForBlockDiffusion(config).save_pretrained(folder)
+    return folder
