@@ -81,6 +81,9 @@ def load(folder: Path, dtype: torch.dtype, device: str, compile: bool | None = F
         return quant.load(folder, dtype=dtype, device=device, compile=compile and device == "cpu").eval()
     from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
+    from quant import adopted
+
+    adopted.register()
     auto = AutoModelForSpeechSeq2Seq if kind(folder) == "speech" else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=dtype).to(device).eval()
 

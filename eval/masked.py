@@ -46,14 +46,14 @@ class MaskedResult:
     difference_error: float | None = None  # from the paired differences of each window
 
 
-def predictions(scorer: Scorer, ids: Tensor, where: Tensor) -> Iterator[Tensor]:
-    """Logits [at most HEAD_TOKENS, V] at the True positions of `where` [L] for one window of ids [L]."""
-    inputs = ids.unsqueeze(0).to(scorer.device)
-    where = where.to(scorer.device)
+def predictions(scorer: Scorer, row: Tensor, where: Tensor, how: Masking) -> Iterator[Tensor]:
+    """Logits [at most HEAD_TOKENS, V] for the True positions of `where` [L], which are masked in the window `row` [L]."""
+    inputs = row.masked_fill(where, how.token).unsqueeze(0).to(scorer.device)
+    at = how.read_at(where).to(scorer.device)
     if scorer.split:
-        yield from map(scorer.head, torch.split(scorer.hidden(inputs)[0][where], HEAD_TOKENS))
+        yield from map(scorer.head, torch.split(scorer.hidden(inputs)[0][at], HEAD_TOKENS))
     else:
-        yield from torch.split(scorer.model(input_ids=inputs, use_cache=False).logits[0][where], HEAD_TOKENS)
+        yield from torch.split(scorer.model(input_ids=inputs, use_cache=False).logits[0][at], HEAD_TOKENS)
 
 
 def masks(windows: int, length: int, seed: int) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
@@ -89,10 +89,9 @@ def evaluate(
         if other is not None:
             reference_bounds.append(sum(loss(other, row, where, how) for where in drawn) / DRAWS)
             for name, where in fixed.items():
-                ids = row.masked_fill(where, how.token)
                 wanted = torch.split(row[where].to(scorer.device), HEAD_TOKENS)
-                both = zip(predictions(other, ids, where), predictions(scorer, ids, where), wanted, strict=True)
-                for ref, got, targets in both:
+                sides = (predictions(side, row, where, how) for side in (other, scorer))
+                for ref, got, targets in zip(*sides, wanted, strict=True):
                     found[name].add(ref.to(scorer.device), got, targets, group=at)
         progress(at + 1, count)
     mean = sum(bounds) / count
@@ -115,8 +114,7 @@ def evaluate(
 
 
 def loss(scorer: Scorer, row: Tensor, where: Tensor, how: Masking) -> float:
-    """Mean cross-entropy in nats of the tokens of `row` [L] at the True positions of `where` [L], which are masked."""
-    targets = row[where].to(scorer.device)
-    logits = predictions(scorer, row.masked_fill(where, how.token), where)
-    parts = [cross_entropy(got, want) for got, want in zip(logits, torch.split(targets, HEAD_TOKENS), strict=True)]
+    """Mean cross-entropy in nats at the True positions of `where` [L], which are masked in the window `row` [L]."""
+    wanted = torch.split(row[where].to(scorer.device), HEAD_TOKENS)
+    parts = [cross_entropy(got, want) for got, want in zip(predictions(scorer, row, where, how), wanted, strict=True)]
     return float(torch.cat(parts).double().mean())

@@ -23,27 +23,39 @@ from quant.calibrate import Sample
 from quant.recipe import Calibration
 
 VISIBLE_SHARE = 0.25  # of the windows
+FILLERS = {"llada": 0, "Dream": 1}  # config.model_type of models that are known to fill in masks -> Masking.shift
 
 
 @dataclass(frozen=True)
 class Masking:
-    """token: the id that stands at a masked position."""
+    """token: the id that stands at a masked position. shift: the output for position i is read at i - shift (at 0 for 0)."""
 
     token: int
+    shift: int = 0
+
+    def read_at(self, masked: Tensor) -> Tensor:
+        """int64 positions at which the predictions for the True positions of `masked` [L] are read, in order."""
+        return (masked.nonzero().squeeze(1) - self.shift).clamp_min(0)
 
 
 def masking(config: Mapping[str, Any]) -> Masking | None:
     """How the model of a config.json is masked; None for a model that is no masked-diffusion language model.
 
-    Such a config says `is_causal: false`, by which transformers lets a decoder attend to both sides, and names its mask token.
+    Such a config names its mask token, and says `is_causal: false`, by which transformers lets a decoder attend to both
+    sides, or is of a type in FILLERS.
     """
     token = config.get("mask_token_id")
-    return Masking(token) if bidirectional(config) and type(token) is int else None
+    return Masking(token, shift_of(config)) if bidirectional(config) and type(token) is int else None
+
+
+def shift_of(config: Mapping[str, Any]) -> int:
+    """Masking.shift of the model of a config.json."""
+    return FILLERS.get(str(config.get("model_type")), 0)
 
 
 def bidirectional(config: Mapping[str, Any]) -> bool:
     """Whether the model of a config.json attends to both sides."""
-    return config.get("is_causal") is False
+    return config.get("is_causal") is False or config.get("model_type") in FILLERS
 
 
 def masking_for(config: Mapping[str, Any], wanted: Calibration, rows: int) -> tuple[Masking | None, str]:
@@ -67,7 +79,7 @@ def masking_for(config: Mapping[str, Any], wanted: Calibration, rows: int) -> tu
                 f"calibration.mask_token is {asked}, but the model attends to the left only; drop it, or write "
                 '"is_causal": false into config.json if the model was trained to fill in masks'
             )
-        found = Masking(asked)
+        found = Masking(asked, shift_of(config))
     if found is not None and not 0 <= found.token < rows:
         raise ValueError(f"the mask token is {found.token}, the model has {rows}; --set calibration.mask_token=ID")
     return found, ""
@@ -99,8 +111,10 @@ def masked_samples(
     for row, masked in zip(windows, draws + [0] * (count - len(draws)), strict=True):
         hidden = positions(length, masked, generator).to(device)
         ids = row.to(device).masked_fill(hidden, how.token)
-        weights = torch.where(hidden, 1.0, wanted.visible_weight)
-        samples.append(Sample({"input_ids": ids.unsqueeze(0)}, {length: weights.unsqueeze(0)}, hidden))
+        predicted = torch.zeros_like(hidden)
+        predicted[how.read_at(hidden)] = True
+        weights = torch.where(predicted, 1.0, wanted.visible_weight)
+        samples.append(Sample({"input_ids": ids.unsqueeze(0)}, {length: weights.unsqueeze(0)}, predicted))
     line = (
         f"{len(draws)} of them with {min(draws) / length:.0%} to {max(draws) / length:.0%} of the tokens masked by "
         f"token {how.token}, errors at visible tokens weighed by {wanted.visible_weight:g}"

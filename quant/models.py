@@ -87,13 +87,16 @@ def model_class(folder: Path) -> tuple[Any, Any]:
     """The transformers config of `folder` and the model class that it names. Raises ValueError when either cannot be had."""
     import transformers
 
+    from quant import adopted
+
+    adopted.register()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each config class has its own complaints, some of them over many lines
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ValueError(f"{folder}/config.json cannot be used: {reason}") from error
     names = config.architectures if isinstance(config.architectures, list) else []
-    found = (getattr(transformers, str(name), None) for name in names)
+    found = (adopted.CLASSES.get(str(name)) or getattr(transformers, str(name), None) for name in names)
     cls = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     if cls is None:
         version = transformers.__version__

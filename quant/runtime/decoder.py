@@ -25,6 +25,8 @@ def refuses(model: Any) -> str | None:
     config = model.config
     if config.model_type not in TYPES:
         return f"it is a {config.model_type} model; compiled are {', '.join(TYPES)} and whisper"
+    if getattr(config, "is_causal", None) is False:
+        return "it attends to both sides"
     kind = config.rope_parameters["rope_type"]
     if kind not in ROPES:
         return f"its rotary embedding is of type {kind}; compiled are {', '.join(ROPES)}"
