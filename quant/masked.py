@@ -22,7 +22,7 @@ from torch import Tensor
 from quant.calibrate import Sample
 from quant.recipe import Calibration
 
-VISIBLE_SHARE = 0.25  # of the windows
+VISIBLE_EVERY = 4  # of so many windows one is not masked
 FILLERS = {"llada": 0, "Dream": 1}  # config.model_type of models that are known to fill in masks -> Masking.shift
 
 
@@ -106,10 +106,11 @@ def masked_samples(
     """Windows [W, L] of token ids as samples of the masked process, and what was masked in words."""
     count, length = windows.shape
     generator = torch.Generator().manual_seed(seed)
-    draws = counts(count - int(VISIBLE_SHARE * count), length, generator)
+    draws = counts(count - count // VISIBLE_EVERY, length, generator)
+    left = iter(draws)
     samples = []
-    for row, masked in zip(windows, draws + [0] * (count - len(draws)), strict=True):
-        hidden = positions(length, masked, generator).to(device)
+    for at, row in enumerate(windows, 1):
+        hidden = positions(length, next(left) if at % VISIBLE_EVERY else 0, generator).to(device)
         ids = row.to(device).masked_fill(hidden, how.token)
         predicted = torch.zeros_like(hidden)
         predicted[how.read_at(hidden)] = True

@@ -15,12 +15,13 @@ import quant
 from quant.cli import main
 from quant.eval import masked as scoring
 from quant.eval.divergence import cross_entropy
-from quant.eval.loading import kind
+from quant.eval.loading import kind, load
 from quant.masked import Masking, counts, masked_samples, masking, masking_for, positions
 from quant.plan import make_plan
 from quant.recipe import Calibration, available, load_recipe
 from quant.samples import make_samples
 from quant.stats import InputStats
+from quant.text import documents, windows
 
 CPU = torch.device("cpu")
 NO_HEAD = "head=null"
@@ -239,6 +240,28 @@ def test_sensitivities_are_of_predictions_under_masks(toy: Path, tiny: ModuleTyp
     seen = [one for block in feelings(plan, samples, CPU, lambda done, total: None) for one in block.values()]
     assert len(seen) == len(plan.targets)
     assert all(one.fisher.isfinite().all() and float(one.fisher.sum()) > 0 for one in seen)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy after some seconds of training; not to be changed."""
+    folder: Path = tiny.diffusion_folder(tmp_path_factory.mktemp("trained") / "float", steps=200)
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "more"), [("gptq", ["format.bits=3"]), ("dgq", [])])
+def test_masked_calibration_is_closer_at_masked_positions(
+    recipe: str, more: list[str], trained: Path, tiny: ModuleType, tmp_path: Path
+) -> None:
+    ids = windows(tiny.tokenizer(), documents("manual", "evaluation"), 64, 24, seed=1).tokens
+    kl = {}
+    for mask in ("none", "null"):
+        sets = ["calibration.tokens=8192", "calibration.length=64", NO_HEAD, f"calibration.mask_token={mask}", *more]
+        quant.quantize(trained, recipe, tmp_path / mask, calib="manual", overrides=sets)
+        model = quant.load(tmp_path / mask, dtype=torch.float32, compile=False)
+        found = scoring.evaluate(model, ids, Masking(tiny.MASK), load(trained, torch.float32, "cpu")).fidelity
+        kl[mask] = [one.kl_mean for one in found.values()]
+    assert sum(kl["null"]) < 0.9 * sum(kl["none"]), kl
 
 
 def test_layers_of_one_weight_in_two_places_are_refused(tiny: ModuleType, tmp_path: Path) -> None:

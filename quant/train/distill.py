@@ -50,15 +50,15 @@ class Progress:
 
 
 def divergence(teacher: Any, student: Any, sample: Sample) -> Tensor:
-    """Mean KL over the tokens of a sample, nats; differentiable in the student."""
+    """Mean KL over the tokens of a sample, nats, weighted as the sample says; differentiable in the student."""
     device = next(student.parameters()).device.type
     with torch.no_grad():
         wanted = torch.log_softmax(teacher(**sample.inputs, use_cache=False).logits.float(), -1)
     with torch.autocast(device, dtype=torch.bfloat16):
         logits = student(**as_float(sample.inputs), use_cache=False).logits
-    return torch.nn.functional.kl_div(
-        torch.log_softmax(logits.float(), -1).flatten(0, -2), wanted.flatten(0, -2), reduction="batchmean", log_target=True
-    )
+    found = torch.nn.functional.kl_div(torch.log_softmax(logits.float(), -1), wanted, reduction="none", log_target=True).sum(-1)
+    weights = sample.masks.get(found.shape[1], torch.ones_like(found))
+    return (found * weights).sum() / weights.sum()
 
 
 def as_float(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
