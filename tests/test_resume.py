@@ -20,7 +20,8 @@ from quant.cli import main
 FINAL = ("model.safetensors", "config.json", "recipe.yaml")
 LAYERS = 6
 STEP = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 from quant import workspace
 from quant.cli import main
 
