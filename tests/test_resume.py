@@ -73,8 +73,8 @@ def finished_blocks(out: Path) -> int:
 
 
 def wait_for(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until `reached`, or the process ends, or half a minute is over."""
-    deadline = time.monotonic() + 60
+    """Until `reached`, or the process ends, or five minutes are over."""
+    deadline = time.monotonic() + 300
     while not reached() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     assert reached()
@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_finished_blocks_and_another_recipe_is_refused(
     process = start(command(model, out, tiny))
     wait_for(lambda: finished_blocks(out) >= 2, process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert len(said.splitlines()) == 1, said
     assert "finished blocks are kept" in said
@@ -168,6 +168,6 @@ def test_a_second_run_into_the_same_folder_is_refused(
         assert said.count("\n") == 0
         assert "another run is writing" in said
     finally:
-        _, errors = first.communicate(timeout=60)
+        _, errors = first.communicate(timeout=300)
     assert first.returncode == 0, errors
     assert (out / "model.safetensors").exists()
