@@ -249,6 +249,7 @@ def trained(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:calibrated on text without masks")
 @pytest.mark.parametrize(("recipe", "more"), [("gptq", ["format.bits=3"]), ("dgq", [])])
 def test_masked_calibration_is_closer_at_masked_positions(
     recipe: str, more: list[str], trained: Path, tiny: ModuleType, tmp_path: Path
