@@ -5,8 +5,8 @@
     codes <- nearest(U) where |U - W| is among the largest tau of the layer
 
 so a weight changes its code when gradients of many batches agree, and few do at a time (PV-Tuning, Malinovskii et al., 2024:
-a P step on what is continuous, a V step on codes in latent mode with the subspace limit tau; its formal V step is quoted in
-Section 3). A gradient's sign and relative size are all that is used of it, so nothing is kept per weight but U.
+a P step on what is continuous, a V step on codes in latent mode with the subspace limit tau; its authors use LAMB where this
+divides by a row's RMS). Nothing is kept per weight but U.
 """
 
 from __future__ import annotations
