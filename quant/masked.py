@@ -7,7 +7,9 @@ share of masks, which plain text never shows them. Calibration therefore masks i
     l of the L positions, drawn without replacement, hold the mask token,    l uniform in 1 .. L, stratified over windows
 
 and leaves a quarter of the windows visible, as the last steps of decoding are. Errors at positions that are predicted count
-fully, those at visible ones, which only later layers read, by `calibration.visible_weight`.
+fully, those at visible ones, which only later layers read, by `calibration.visible_weight`. Its default is 1: on a small Llama
+trained to fill in masks (three seeds; GPTQ at 3 bits, DGQ), 0.5 had more KL at masked positions in five of six cases and 0.1
+in all, while masks as such divided it by 2.2 to 3.5.
 """
 
 from __future__ import annotations

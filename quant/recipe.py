@@ -36,7 +36,7 @@ class Calibration(Frozen):
     clips: int = Field(default=40, ge=1)
     expert_tokens: int = Field(default=32, ge=1)
     mask_token: int | Literal["none"] | None = None
-    visible_weight: float = Field(default=0.5, gt=0, le=1)
+    visible_weight: float = Field(default=1.0, gt=0, le=1)
     source: str | None = None
 
 
