@@ -111,6 +111,29 @@ class Format(ABC):
         return {"name": self.name, **asdict(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Format):
+    """Codes of `bits` bits along K, a scale per `group` channels, or per row for -1."""
+
+    bits: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if self.group != -1 and self.group < 1:
+            raise ValueError(f"group {self.group} is not allowed; give a positive length, or -1 for one scale per row")
+
+    def groups(self, k: int) -> int:
+        """Groups per row."""
+        return 1 if self.group == -1 else k // self.group
+
+    def refuses(self, n: int, k: int) -> str | None:
+        if self.group != -1 and k % self.group:
+            return f"group {self.group} does not divide K = {k}"
+        if k * self.bits % 8:
+            return f"a row of K = {k} {self.bits}-bit codes is not a whole number of bytes"
+        return None
+
+
 def check_fields(owner: str, wanted: Mapping[str, Field], given: Mapping[str, Tensor], n: int, k: int) -> None:
     """Raise ValueError, naming the first tensor that `owner` stores and that is missing, misshapen, or not finite."""
     for name, (shape, kind) in wanted.items():

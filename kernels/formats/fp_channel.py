@@ -16,14 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.kernels.format import Codes, Field, Fields, Format, register, storable
+from quant.kernels.format import Codes, Field, Fields, Grouped, register, storable
 from quant.kernels.formats.int_group import pack_bits, unpack_bits
 from quant.kernels.minifloat import EXPONENTS, PLAIN, Minifloat, exponents_error, value_table
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class FpChannel(Format):
+class FpChannel(Grouped):
     """bits: 4 or 8. group: any divisor of K, or -1 for one scale per row."""
 
     name: ClassVar[str] = "fp_channel"
@@ -34,12 +34,7 @@ class FpChannel(Format):
     def __post_init__(self) -> None:
         if self.bits not in EXPONENTS:
             raise ValueError(f"fp_channel has no {self.bits}-bit codes; allowed: {', '.join(map(str, EXPONENTS))}")
-        if self.group != -1 and self.group < 1:
-            raise ValueError(f"group {self.group} is not allowed; give a positive length, or -1 for one scale per row")
-
-    def groups(self, k: int) -> int:
-        """Groups per row."""
-        return 1 if self.group == -1 else k // self.group
+        super().__post_init__()
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -49,13 +44,6 @@ class FpChannel(Format):
     def kind(self, exponents: int) -> Minifloat:
         """The number format with that many exponent bits."""
         return Minifloat(exponents, self.bits - 1 - exponents)
-
-    def refuses(self, n: int, k: int) -> str | None:
-        if self.group != -1 and k % self.group:
-            return f"group {self.group} does not divide K = {k}"
-        if k * self.bits % 8:
-            return f"a row of K = {k} {self.bits}-bit codes is not a whole number of bytes"
-        return None
 
     def fields(self, n: int, k: int) -> dict[str, Field]:
         return {

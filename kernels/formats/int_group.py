@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.kernels.format import Codes, Field, Fields, Format, register, storable
+from quant.kernels.format import Codes, Field, Fields, Grouped, register, storable
 
 BITS = (2, 3, 4, 6, 8)
 
@@ -45,7 +45,7 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class IntGroup(Format):
+class IntGroup(Grouped):
     """bits: 2, 3, 4, 6 or 8. group: any divisor of K, or -1. symmetric: no stored zero point."""
 
     name: ClassVar[str] = "int_group"
@@ -56,24 +56,12 @@ class IntGroup(Format):
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"int_group has no {self.bits}-bit codes; allowed: {', '.join(map(str, BITS))}")
-        if self.group != -1 and self.group < 1:
-            raise ValueError(f"group {self.group} is not allowed; give a positive length, or -1 for one scale per row")
-
-    def groups(self, k: int) -> int:
-        """Groups per row."""
-        return 1 if self.group == -1 else k // self.group
+        super().__post_init__()
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """dtype of `weight_scale` on disk. Quantizers round to it before they choose codes."""
         return torch.float32 if self.group == -1 else torch.float16
-
-    def refuses(self, n: int, k: int) -> str | None:
-        if self.group != -1 and k % self.group:
-            return f"group {self.group} does not divide K = {k}"
-        if k * self.bits % 8:
-            return f"a row of K = {k} {self.bits}-bit codes is not a whole number of bytes"
-        return None
 
     def fields(self, n: int, k: int) -> dict[str, Field]:
         groups = self.groups(k)

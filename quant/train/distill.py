@@ -123,14 +123,15 @@ def train(
         share = share_of_rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["top"] * share
-        grads = {name: layer.collect() for name, layer in student.layers.items()}
+        for layer in student.layers.values():
+            layer.collect()
         moved = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if math.isfinite(total) and all(bool(p.grad.isfinite().all()) for p in moved):
             optimizer.step()
             if rates.codes:
-                for name, grad in grads.items():
-                    if grad is not None:
-                        progress.codes += student.layers[name].move_codes(grad, rates.codes * share, rates.tau)
+                for layer in student.layers.values():
+                    if layer.dense.grad is not None:
+                        progress.codes += layer.move_codes(layer.dense.grad.float(), rates.codes * share, rates.tau)
         else:
             progress.skipped += 1
         optimizer.zero_grad()
