@@ -24,8 +24,8 @@ from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
 from quant.models import Weights, require_finite
 from quant.passes.base import BasePass, Corrector, Quantizer, Transform
-from quant.plan import COMPUTE, Plan
-from quant.resources import return_freed_memory
+from quant.plan import Plan
+from quant.resources import compute_dtype, return_freed_memory
 from quant.search import output_error
 from quant.stats import InputStats
 from quant.targets import Target
@@ -109,7 +109,7 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
     for at, stack in enumerate(plan.stacks):
         last_block = first_block + len(stack.blocks)
         if len(reports) < last_block:
-            materialize(plan.model, [n for n in outer if n in plan.disk], "", weights, plan.disk, COMPUTE, device)
+            materialize(plan.model, [n for n in outer if n in plan.disk], "", weights, plan.disk, compute_dtype(device), device)
             chains = {}
             for kind in sorted(kinds):  # float before quant, which alone sees the embedding as it will be read
                 if kind == "quant":
@@ -152,7 +152,7 @@ def run_block(
             linear = block.get_submodule(target.name.removeprefix(f"{name}."))
             linear.bias = nn.Parameter(torch.zeros(target.n, device=device), requires_grad=False)
 
-    running = copy.deepcopy(block).to(COMPUTE)
+    running = copy.deepcopy(block).to(compute_dtype(device))
     kept = max(step.rows for step in passes)
     least = plan.recipe.calibration.expert_tokens
     groups = capture(name, running, list(targets), chains.get("float"), chains["quant"], samples, least, kept)
@@ -178,7 +178,7 @@ def run_block(
         for members in same_scheme(group, targets)
     ]
     if any(step.rounded for step in passes):
-        running = copy.deepcopy(block).to(COMPUTE)
+        running = copy.deepcopy(block).to(compute_dtype(device))
         with_data = [(members, stats) for _, members, stats in shares if stats.data]
         readers = {m[0].name: (m[0].activation, stats.fitted(m[0].activation)) for m, stats in with_data}
         seen = recapture(name, running, readers, chains["quant"], samples)
@@ -197,7 +197,7 @@ def run_block(
             fields[created[param]] = value.detach().to(weights.dtype(created[param].removesuffix("bias") + "weight")).cpu()
         else:
             fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
-    advance(block.to(COMPUTE), chains["quant"])
+    advance(block.to(compute_dtype(device)), chains["quant"])
     return BlockReport(name, time.monotonic() - began, layers, refused), fields
 
 

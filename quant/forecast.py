@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from quant.plan import COMPUTE, Plan
-from quant.resources import memory_bytes
+import torch
+
+from quant.plan import Plan
+from quant.resources import compute_dtype, memory_bytes
 
 LIBRARY_BYTES = 100_000_000  # what torch and transformers map on first use: thread pools, oneDNN kernels
 TOKENIZER_BYTES = 2_000  # per entry of the vocabulary, measured on SmolLM2
@@ -11,7 +13,7 @@ TOKENIZER_BYTES = 2_000  # per entry of the vocabulary, measured on SmolLM2
 
 def peak_memory_bytes(plan: Plan) -> int:
     """Predicted peak resident bytes of the run, this process as it is now included."""
-    model = plan.model
+    model, compute = plan.model, compute_dtype(torch.device("cpu")).itemsize
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(inside) and n in plan.disk)
     blocks = [sum(p.numel() for p in model.get_submodule(b).parameters()) for s in plan.stacks for b in s.blocks]
@@ -22,11 +24,11 @@ def peak_memory_bytes(plan: Plan) -> int:
         sum(k * k * 4 * 2 for parent, k in inputs if f"{parent}.".startswith(f"{b}.")) for s in plan.stacks for b in s.blocks
     )
     tallest = max(t.n * t.k for t in plan.targets.values())
-    hidden = chain_elements(plan) * COMPUTE.itemsize
+    hidden = chain_elements(plan) * compute
     # a block in float32 beside its copy in the compute dtype, Gram matrices and their float64 factor, rows being searched
-    block_bytes = max(blocks) * (4 + COMPUTE.itemsize) + grams + 4 * widest * widest * 8 + 6 * tallest * 4
+    block_bytes = max(blocks) * (4 + compute) + grams + 4 * widest * widest * 8 + 6 * tallest * 4
     # tensors outside the blocks as read, as converted, and as checked for finiteness
-    outside = 3 * outer * COMPUTE.itemsize + int(model.config.vocab_size) * TOKENIZER_BYTES
+    outside = 3 * outer * compute + int(model.config.vocab_size) * TOKENIZER_BYTES
     passes: int = outside + block_bytes + 3 * hidden
     total: int = memory_bytes() + LIBRARY_BYTES + max(passes, training_bytes(plan) if plan.recipe.tuners() else 0)
     return total
@@ -41,7 +43,13 @@ def training_bytes(plan: Plan) -> int:
     params, packed = sum(p.numel() for p in plan.model.parameters()), plan.packed_weights()
     length = plan.recipe.calibration.length
     inner = sum(t.k + t.n for t in plan.targets.values())  # channels that are kept of each token for the backward pass
-    total: int = 2 * params + 4 * (params - packed) + 5 * packed + length * 4 * (2 * inner + 7 * int(config.vocab_size))
+    compute = compute_dtype(torch.device("cpu")).itemsize
+    total: int = (
+        compute * params
+        + 4 * (params - packed)
+        + (2 * compute + 1) * packed
+        + length * 4 * (2 * inner + 7 * int(config.vocab_size))
+    )
     return total
 
 

@@ -19,10 +19,9 @@ from quant.models import Entry, Weights, index, read_json, resolve
 from quant.naming import experts_apart, match_names
 from quant.recipe import Recipe
 from quant.refine import refined
+from quant.resources import compute_dtype
 from quant.stacks import Stack, disk_names, empty_model, find_stacks, unfilled
 from quant.targets import Selection, Target, select
-
-COMPUTE = torch.bfloat16  # dtype in which blocks run during calibration
 
 
 @dataclass
@@ -123,14 +122,14 @@ class Plan:
         return found
 
     def identity(self, calibration: str) -> str:
-        """A digest of all that decides the output bytes: recipe, source tensors, calibration data, versions."""
+        """A digest of all that decides the output bytes: recipe, source tensors, calibration data, versions, arithmetic."""
         import transformers
 
         from quant import __version__
 
         tensors = {n: [str(e.dtype), list(e.shape), e.start] for n, e in self.tensors.items()}
         files = {str(e.file): [e.file.stat().st_size, e.file.stat().st_mtime_ns] for e in self.tensors.values()}
-        versions = [__version__, torch.__version__, transformers.__version__]
+        versions = [__version__, torch.__version__, transformers.__version__, str(compute_dtype(torch.device("cpu")))]
         facts = [self.recipe.model_dump(mode="json"), tensors, files, calibration, versions]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

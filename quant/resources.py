@@ -36,6 +36,17 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """In which float blocks run during calibration: bfloat16 where the device multiplies it, on other CPUs float32.
+
+    oneDNN emulates bfloat16 on a CPU without it, at a third of float32's speed (measured on a Cascade Lake Xeon).
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(on is True for name, on in found.items() if "bf16" in name) else torch.float32
+
+
 def usable_device(name: str, here: bool = True) -> torch.device:
     """The torch device called `name`. Raises ValueError when torch knows no such device, or (`here`) this machine has none."""
     try:

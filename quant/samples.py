@@ -11,7 +11,8 @@ from torch import Tensor
 from quant import audio, text
 from quant.calibrate import Sample
 from quant.masked import bidirectional, masked_samples
-from quant.plan import COMPUTE, Plan
+from quant.plan import Plan
+from quant.resources import compute_dtype
 
 IDENTITIES: dict[Any, str] = {}  # of data that were read in this process
 
@@ -98,7 +99,7 @@ def speech_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]
     del model
     samples = []
     for features, target in zip(audio.features(processor, clips), ids, strict=True):
-        mel = features.input_features.to(device, COMPUTE)
+        mel = features.input_features.to(device, compute_dtype(device))
         frames = mel.shape[-1] // audio.ENCODER_STRIDE
         mask: Tensor = (torch.arange(frames, device=device) < features.frames).unsqueeze(0)
         samples.append(Sample({"input_features": mel, "decoder_input_ids": target.view(1, -1).to(device)}, {frames: mask}))

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from quant.calibrate import Chain, Sample, catch, first, forwards, mask_for
 from quant.compile import materialize, release
-from quant.plan import COMPUTE, Plan
+from quant.plan import Plan
+from quant.resources import compute_dtype
 
 
 @dataclass
@@ -58,7 +59,7 @@ def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: 
     weights = plan.weights()
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside) and n in plan.disk]
-    materialize(plan.model, outer, "", weights, plan.disk, COMPUTE, device)
+    materialize(plan.model, outer, "", weights, plan.disk, compute_dtype(device), device)
     outer += tie(plan.model)
     total = sum(len(stack.blocks) for stack in plan.stacks)
     chains: list[Chain] = []
@@ -99,7 +100,7 @@ def loaded(plan: Plan, name: str, device: torch.device) -> nn.Module:
     """A float block."""
     block: nn.Module = copy.deepcopy(plan.model.get_submodule(name))
     params = [n for n, _ in block.named_parameters()]
-    materialize(block, params, f"{name}.", plan.weights(), plan.disk, COMPUTE, device)
+    materialize(block, params, f"{name}.", plan.weights(), plan.disk, compute_dtype(device), device)
     return block
 
 

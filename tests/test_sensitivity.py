@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from quant.calibrate import catch
-from quant.plan import COMPUTE, Plan, make_plan
+from quant.plan import Plan, make_plan
 from quant.recipe import load_recipe
+from quant.resources import compute_dtype
 from quant.samples import make_samples
 from quant.sensitivity import Feeling, feelings
 
@@ -62,7 +63,7 @@ def test_the_gram_matrix_is_that_of_the_inputs(plan: Plan, llama: Path) -> None:
     """Of the first block's attention: the norm's output."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=COMPUTE).eval()
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=compute_dtype(torch.device("cpu"))).eval()
     samples = make_samples(plan, CPU)[0]
     with torch.no_grad():
         chain = catch(model, plan.stacks, 0, samples, [])

@@ -1,7 +1,7 @@
 """End-to-end distillation of a packed model from its float source, after all blocks are packed (quant/train).
 
 The last pass of a recipe. It needs both models in memory, unlike everything before it: two bytes per weight for the teacher,
-about five for the student, five more where codes move.
+about five for the student, five more where codes move (four, nine and five on a CPU without bfloat16).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 
 from quant.passes.base import Tell, Tuner
+from quant.resources import compute_dtype
 
 if TYPE_CHECKING:
     from quant.plan import Plan
@@ -51,7 +52,7 @@ class Pass(Tuner):
         if len(samples) <= self.held:
             raise ValueError(f"distill keeps {self.held} samples to measure on and {line} has no more; give more data")
         _, cls = model_class(plan.source)
-        teacher = cls.from_pretrained(plan.source, dtype=torch.bfloat16).to(device).eval().requires_grad_(False)
+        teacher = cls.from_pretrained(plan.source, dtype=compute_dtype(device)).to(device).eval().requires_grad_(False)
         student = open_student(folder, plan, device, codes=self.codes > 0)
         rates = Rates(scales=self.scales, vectors=self.vectors, codes=self.codes, tau=self.tau)
         progress = train(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quant.calibrate import Sample
 from quant.passes.base import Tell
+from quant.resources import compute_dtype
 from quant.train.folder import Student
 
 WARM = 0.05  # share of the steps over which rates rise
@@ -51,10 +52,10 @@ class Progress:
 
 def divergence(teacher: Any, student: Any, sample: Sample) -> Tensor:
     """Mean KL over the tokens of a sample, nats, weighted as the sample says; differentiable in the student."""
-    device = next(student.parameters()).device.type
+    device = next(student.parameters()).device
     with torch.no_grad():
         wanted = torch.log_softmax(teacher(**sample.inputs, use_cache=False).logits.float(), -1)
-    with torch.autocast(device, dtype=torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16):
         logits = student(**as_float(sample.inputs), use_cache=False).logits
     found = torch.nn.functional.kl_div(torch.log_softmax(logits.float(), -1), wanted, reduction="none", log_target=True).sum(-1)
     weights = sample.masks.get(found.shape[1], torch.ones_like(found))
@@ -69,7 +70,7 @@ def as_float(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def held_out(teacher: Any, student: Student, samples: Sequence[Sample]) -> float:
     """Mean KL over held-out samples, nats per token."""
-    student.refresh(torch.bfloat16)
+    student.refresh()
     return sum(float(divergence(teacher, student.model, sample)) for sample in samples) / len(samples)
 
 
@@ -114,7 +115,7 @@ def train(
     if first == 0:
         progress.held.append(held_out(teacher, student, held))
     for step in range(first, steps):
-        student.refresh(torch.bfloat16)
+        student.refresh()
         total = 0.0
         for index in range(step * windows, (step + 1) * windows):
             loss = divergence(teacher, student.model, samples[index % len(samples)]) / windows

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quant.models import index
 from quant.plan import Plan
+from quant.resources import compute_dtype
 from quant.train.layer import Trained
 
 
@@ -22,10 +23,10 @@ class Student:
     layers: dict[str, Trained]
     others: dict[str, nn.Parameter]
 
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Dense weights for the next forward passes."""
+    def refresh(self) -> None:
+        """Dense weights for the next forward passes, in the dtype that the device multiplies fast."""
         for layer in self.layers.values():
-            layer.refresh(dtype)
+            layer.refresh(compute_dtype(layer.codes.device))
 
 
 def open_student(folder: Path, plan: Plan, device: torch.device, codes: bool) -> Student:
@@ -58,7 +59,8 @@ def open_student(folder: Path, plan: Plan, device: torch.device, codes: bool) ->
 
 def dense_head(head: Any) -> nn.Linear:
     """A packed head as one through which gradients flow."""
-    weight = getattr(head, "embedding", head).weight.detach().to(torch.bfloat16)
+    weight = getattr(head, "embedding", head).weight.detach()
+    weight = weight.to(compute_dtype(weight.device))
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
     return dense
