@@ -6,12 +6,13 @@ import torch
 
 from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
-from quant.kernels.gpu import a8w4, fp4, launch, w8a8, wna16
+from quant.kernels.gpu import a8w4, fp4, fp_channel, launch, w8a8, wna16
 from quant.kernels.gpu.plan import Layer
 
-KERNELS: tuple[Kernel, ...] = (a8w4.GpuA8W4(), w8a8.GpuW8A8(), wna16.GpuWnA16(), fp4.GpuFp4())
+KERNELS: tuple[Kernel, ...] = (a8w4.GpuA8W4(), w8a8.GpuW8A8(), wna16.GpuWnA16(), fp4.GpuFp4(), fp_channel.GpuFpChannel())
 
 
 def layer_of(spec: MatmulSpec, x: torch.dtype, bias: torch.dtype | None) -> Layer | str:
@@ -34,4 +35,7 @@ def layer_of(spec: MatmulSpec, x: torch.dtype, bias: torch.dtype | None) -> Laye
             return wna16.layer_of(spec.n, spec.k, fmt.bits, fmt.group, x, vector)
         if name == fp4.GpuFp4.name and isinstance(fmt, Fp4Block):
             return fp4.layer_of(spec.n, spec.k, fmt.kind, fp4.tokens_as(spec.activation, x), vector)
+        if name == fp_channel.GpuFpChannel.name and isinstance(fmt, FpChannel):
+            tokens = fp_channel.tokens_as(spec.activation, x)
+            return fp_channel.layer_of(spec.n, spec.k, fmt.group, tokens, vector, spec.activation.name != "none")
     return "; ".join(f"{name} {reason}" for name, reason in reasons.items())

@@ -67,6 +67,9 @@ POLICIES = {
         Policy(
             name="e2m1", module="e2m1", bits=4, planes=4, fields=FOUR_PLANES, scale_on_sum=False, blockings=((16, 2), (16, 1))
         ),
+        Policy(
+            name="float4", module="float4", bits=4, planes=1, fields=NIBBLES, mixed=True, blockings=((64, 1), (32, 1), (16, 1))
+        ),
         Policy(name="int8", bits=8, planes=1, fields=BYTES, blockings=((128, 1), (64, 1), (32, 1))),
     )
 }
@@ -122,6 +125,36 @@ def to_words(values: Tensor) -> Tensor:
 def from_words(words: Tensor, n: int) -> Tensor:
     """Inverse of `to_words`: int64 [N, rows]."""
     return words[: words.numel() - WIDEST].view(-1, n).t().to(torch.int64) & 0xFFFFFFFF
+
+
+ONE = 0x3C00  # float16 bits of 1
+
+
+def scale_words(scale: Tensor, high: Tensor, policy: Policy, blocking: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
+    """Scales float16 [N, K // G] under `high` int64 [N, K // G], 16 bits each -> (words, row_scale float32 [N]).
+
+    A scale per row, float32 [N, 1], is row_scale itself; the words of one block, of scale 1, then serve all.
+    """
+    n, count = scale.shape
+    slice_, groups = blocking
+    if scale.dtype == torch.float32:
+        return to_words((high << 16 | ONE).expand(n, groups)), scale.flatten().clone()
+    low = scale.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
+    runs = blocks_of(policy, k, slice_) * groups
+    picked = group_of_run(k, k // count, runs, policy.slices * slice_ // groups).to(scale.device)
+    return to_words((high << 16 | low)[:, picked]), torch.ones(n, device=scale.device)
+
+
+def scales_of(words: Tensor, row_scale: Tensor, policy: Policy, slice_: int, k: int, group: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `scale_words`: (scale, high)."""
+    values = from_words(words, len(row_scale))  # [N, runs]
+    if group == -1:
+        return row_scale.unsqueeze(1), values[:, :1] >> 16
+    run = policy.slices * slice_ * blocks_of(policy, k, slice_) // values.shape[1]
+    values = values[:, :: group // run][:, : k // group]  # the first run of each group
+    low = values & 0xFFFF
+    scale = torch.where(low < 2**15, low, low - 2**16).to(torch.int16).contiguous().view(torch.float16)
+    return scale, values >> 16
 
 
 def pick_rows(tensor: Tensor, n: int, rows: Tensor) -> Tensor:

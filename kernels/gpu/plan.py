@@ -29,6 +29,7 @@ class Layer:
     x: str = "bfloat16"  # dtype of tokens and output: float32, bfloat16, float16
     bias: str | None = None  # its dtype
     divisor: bool = False  # the tokens are divided by a vector [K] before they are quantized
+    token_scale: bool = False  # of float tokens: the caller gives x_scale float32 [M], which multiplies the sums
 
     @property
     def variant(self) -> Variant:
@@ -90,9 +91,9 @@ def quantize_step(layer: Layer) -> Step:
 
 
 def epilogue(layer: Layer) -> Arguments:
-    quantized = POLICIES[layer.policy].integer
+    scaled = POLICIES[layer.policy].integer or layer.token_scale
     return [
-        ("x_scale_ptr", "*fp32", "x_scale" if quantized else ""),
+        ("x_scale_ptr", "*fp32", "x_scale" if scaled else ""),
         ("row_scale_ptr", "*fp32", "row_scale"),
         ("bias_ptr", POINTER[layer.bias or "float32"], "bias" if layer.bias else ""),
     ]

@@ -21,6 +21,7 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Format
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import bundle, deployed
@@ -54,6 +55,8 @@ def cases() -> Iterator[Case]:
         yield Case(n=n, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation=Int8Token())
         for kind in ("mxfp4", "nvfp4"):
             yield Case(n=n, k=k, format=Fp4Block(kind=kind), activation=Unquantized())
+        for length in (group, -1):
+            yield Case(n=n, k=k, format=FpChannel(group=length), activation=Unquantized())
         for bits in (2, 3, 4, 8):
             for length in (group, -1):
                 fmt = IntGroup(bits=bits, group=length, symmetric=length == -1)

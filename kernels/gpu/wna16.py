@@ -24,18 +24,14 @@ from quant.kernels.gpu import launch
 from quant.kernels.gpu.layout import (
     POLICIES,
     Policy,
-    blocks_of,
-    from_words,
-    group_of_run,
     pack_weight,
     pick_rows,
+    scale_words,
+    scales_of,
     spread_zero,
-    to_words,
     unpack_weight,
 )
 from quant.kernels.gpu.plan import Layer
-
-ONE = 0x3C00  # float16 bits of 1
 
 
 def policy_of(bits: int) -> Policy:
@@ -62,36 +58,22 @@ def to_device_layout(fields: Mapping[str, Tensor], fmt: IntGroup, n: int, k: int
     policy = policy_of(fmt.bits)
     blocking = policy.blocking(fmt.group)
     assert blocking is not None
-    slice_, groups = blocking
-    weight = pack_weight(unpack_bits(fields["weight_packed"], fmt.bits, k), policy, slice_)
+    weight = pack_weight(unpack_bits(fields["weight_packed"], fmt.bits, k), policy, blocking[0])
     scale = fields["weight_scale"]
     if fmt.symmetric:
         zero = torch.full(scale.shape, 2 ** (fmt.bits - 1), device=scale.device)
     else:
         zero = fields["weight_zero"].to(torch.int64)
-    high = spread_zero(zero, fmt.bits) << 16
-    if fmt.group == -1:
-        return weight, to_words((high | ONE).expand(n, groups)), scale.flatten().clone()
-    low = scale.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
-    runs = blocks_of(policy, k, slice_) * groups
-    picked = group_of_run(k, fmt.group, runs, policy.slices * slice_ // groups).to(scale.device)
-    return weight, to_words((high | low)[:, picked]), torch.ones(n, device=scale.device)
+    return weight, *scale_words(scale, spread_zero(zero, fmt.bits), policy, blocking, k)
 
 
 def from_device_layout(prepared: Prepared, fmt: IntGroup, n: int, k: int) -> Fields:
     """Exact inverse of `to_device_layout`."""
     weight, words, row_scale = prepared
     policy = policy_of(fmt.bits)
-    values = from_words(words, n)  # [N, runs]
-    if fmt.group == -1:
-        scale, values = row_scale.unsqueeze(1), values[:, :1]
-    else:
-        run = policy.slices * weight.shape[1] * blocks_of(policy, k, weight.shape[1]) // values.shape[1]
-        values = values[:, :: fmt.group // run][:, : k // fmt.group]  # the first run of each group
-        low = values & 0xFFFF
-        scale = torch.where(low < 2**15, low, low - 2**16).to(torch.int16).contiguous().view(torch.float16)
+    scale, high = scales_of(words, row_scale, policy, weight.shape[1], k, fmt.group)
     out = {"weight_packed": pack_bits(unpack_weight(weight, policy, n, k), fmt.bits), "weight_scale": scale}
-    return out if fmt.symmetric else out | {"weight_zero": (values >> 16 & (2**fmt.bits - 1)).to(torch.uint8)}
+    return out if fmt.symmetric else out | {"weight_zero": (high & (2**fmt.bits - 1)).to(torch.uint8)}
 
 
 @torch.library.custom_op("lowbit::gpu_wna16", mutates_args=(), device_types="cuda")

@@ -5,14 +5,16 @@ import os
 import pytest
 import torch
 
+from quant.kernels.activations.fp_shift import FpShift
 from quant.kernels.activations.int_token import quantize_token
 from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int_group import IntGroup
-from quant.kernels.gpu import a8w4, fp4, launch, w8a8, wna16
+from quant.kernels.gpu import a8w4, fp4, fp_channel, launch, w8a8, wna16
 from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
 from quant.kernels.gpu.jit.gemm import bfloat16_bits
 from quant.kernels.gpu.plan import plan_with
@@ -181,6 +183,56 @@ def test_four_bit_floats(kind, n, k):
         layer = fp4.layer_of(n, k, kind, dtype, None)
         run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
         assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
+
+
+def channel_layer(n: int, k: int, group: int, exponents: int) -> tuple[FpChannel, Codes]:
+    """Every code, under scales of very different sizes."""
+    fmt = FpChannel(group=group)
+    generator = torch.Generator().manual_seed(n + k + exponents)
+    scale = torch.exp2(torch.rand(n, fmt.groups(k), generator=generator) * 12 - 8).to(fmt.scale_dtype)
+    params = fmt.params(scale, exponents)
+    return fmt, Codes(torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8), params)
+
+
+@pytest.mark.parametrize("exponents", [1, 2, 3])
+@pytest.mark.parametrize(("n", "k", "group"), [(72, 416, 32), (130, 192, 64), (33, 672, 96), (40, 208, -1), (72, 384, 128)])
+def test_searched_floats(n, k, group, exponents):
+    """fp_channel against float64, tails of M, N and K."""
+    fmt, codes = channel_layer(n, k, group, exponents)
+    weight = fmt.dequantize(codes).double()
+    prepared = fp_channel.to_device_layout(fmt.pack(codes), fmt, n, k)
+    tensors = dict(zip(("weight", "words", "row_scale"), prepared, strict=True))
+    for m, dtype, shape, splits in [
+        (1, torch.float32, tile(16, 128, on_sum=True), 2),
+        (17, torch.bfloat16, tile(32, 128, swap=True, on_sum=True), 1),
+        (17, torch.float16, tile(32, 128), 1),
+    ]:
+        x = random_tokens(m, k, dtype)
+        y = torch.empty(m, n, dtype=dtype)
+        out = y.view(torch.int16) if dtype == torch.bfloat16 else y
+        layer = fp_channel.layer_of(n, k, group, dtype, None, False)
+        run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
+        assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", [FpShift(), FpShift(bits=4, dynamic=True, group=16)], ids=str)
+def test_searched_tokens(activation, dtype):
+    """Tokens of fp_shift: multiplied without their scale, which joins the sums before they are rounded."""
+    n, k, m = 40, 288, 5
+    fmt, codes = channel_layer(n, k, 96, 2)
+    generator = torch.Generator().manual_seed(4)
+    x = (torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m).unsqueeze(1)).to(dtype)
+    shift = torch.randint(0, 4, (k,), generator=generator)
+    inputs = activation.stored(torch.tensor(0.7), shift, 2)
+    seen, scale = activation.codes(x, inputs)
+    tokens = seen.to(fp_channel.tokens_as(activation, dtype))
+    assert torch.equal(tokens.float(), seen), "the type of the tokens holds them exactly"
+    prepared = fp_channel.to_device_layout(fmt.pack(codes), fmt, n, k)
+    tensors = dict(zip(("weight", "words", "row_scale"), prepared, strict=True))
+    tensors["x_scale"] = scale.reshape(-1).expand(m).contiguous()
+    y = launch.matmul(fp_channel.layer_of(n, k, 96, tokens.dtype, None, True), tokens, None, tensors, FACTS)
+    assert relative(y, activation.quantize(x, inputs).double() @ fmt.dequantize(codes).double().t()) < ROUNDING[y.dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton", reason="the fragments are part of Triton programs")
 
 from quant.kernels.gpu import fp4, ptx
-from quant.kernels.gpu.jit import e2m1, fragments
+from quant.kernels.gpu.jit import e2m1, float4, fragments
 from quant.kernels.gpu.layout import POLICIES, spread_zero
-from quant.kernels.minifloat import E2M1
+from quant.kernels.minifloat import E2M1, Minifloat
 
 
 def packed_cases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,6 +154,20 @@ def test_four_bit_floats_and_their_scales_are_exact(kind):
             out = ptx.run(e2m1.fragment(kind, low, high), [torch.zeros_like(byte), *[scales] * 4], 8)
             for register, expected in zip(out[4:], [scale, scale, *[scale if high == low else scale.flip(0)] * 2], strict=True):
                 assert torch.equal(halves(register, dtype), torch.stack([expected] * 2).double()), (low, high)
+
+
+@pytest.mark.parametrize("exponents", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_searched_floats_read_as_their_values(kind, exponents):
+    """Every pair of codes in a byte, in every place of a word: value * 2^(b - 1) once multiplied by `unfold`."""
+    dtype, number = torch.float16 if kind == "fp16" else torch.bfloat16, Minifloat(exponents, 3 - exponents)
+    word = (every_byte()[:, None] * 2654435761 ^ every_byte()[None, ::7]).flatten() & 0xFFFFFFFF
+    shift = torch.tensor(7 + exponents - float4.lower(kind))
+    out = ptx.run(float4.CODES.value, [word, *[shift] * 4, *[shift - 4] * 4], 4)
+    for i, codes in enumerate((lanes(word) & 15, lanes(word) >> 4)):
+        for j in (0, 1):
+            got = halves(out[2 * i + j], dtype) * float4.unfold(kind)
+            assert torch.equal(got, number.decode(codes[[j, j + 2]]).double() * 2.0 ** (number.bias - 1)), (i, j)
 
 
 def test_both_sides_agree_where_the_bits_are():

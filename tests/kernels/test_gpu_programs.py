@@ -10,17 +10,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quant.kernels.activation import Activation
+from quant.kernels.activations.fp_shift import FpShift
 from quant.kernels.activations.int_token import Int8Token, quantize_token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Codes
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import tiles
 from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
 from quant.kernels.gpu.fp4 import GpuFp4, gpu_fp4
+from quant.kernels.gpu.fp_channel import GpuFpChannel
 from quant.kernels.gpu.launch import MAX_K
 from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, to_words, unpack_weight
 from quant.kernels.gpu.plan import Layer, plan
@@ -120,6 +123,22 @@ def test_the_fp4_layout_means_the_same_weights(kind):
             scale = (1 + (byte & 7) / 8) * 2.0 ** ((byte >> 3) - 15)
             value = (1 - 2 * (code >> 3)) * float(E2M1.magnitudes[code & 7])
             assert value * scale * 2.0**-14 * float(row_scale[row]) == pytest.approx(float(expected[row, column]), rel=1e-6)
+
+
+@pytest.mark.parametrize("exponents", [1, 2, 3])
+@pytest.mark.parametrize(("n", "k", "group"), [(33, 384, 128), (7, 576, 96), (20, 320, 64), (9, 200, -1)])
+def test_restore_is_the_inverse_of_prepare_for_fp_channel(n, k, group, exponents):
+    generator = torch.Generator().manual_seed(n + k)
+    fmt, tokens = FpChannel(group=group), FpShift()
+    scale = torch.rand(n, fmt.groups(k), generator=generator).to(fmt.scale_dtype) + 0.01
+    fields = fmt.pack(Codes(torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8), fmt.params(scale, exponents)))
+    s = MatmulSpec(n=n, k=k, format=fmt, activation=FLOAT, device="cuda")
+    assert_restored(GpuFpChannel(), fields, s)
+    picked = torch.tensor([5, 3, 3])
+    rows, whole = GpuFpChannel().rows(GpuFpChannel().prepare(fields, s), picked, s), fmt.unpack(fields, n, k)
+    assert torch.equal(fmt.dequantize(rows), fmt.dequantize(whole)[picked])
+    shifted = fields | tokens.stored(torch.tensor(0.5), torch.randint(0, 16, (k,), generator=generator), 4)
+    assert_restored(GpuFpChannel(), shifted, MatmulSpec(n=n, k=k, format=fmt, activation=tokens, device="cuda"))
 
 
 def test_w8a8_keeps_its_divisor():
