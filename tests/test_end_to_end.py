@@ -134,16 +134,16 @@ def static_input(scale: Tensor, zero: Tensor, bits: int) -> Any:
     return hook
 
 
-def int4_group_input(group: int) -> Any:
-    """Forward hook: each group of channels on -8 .. 7 steps, its largest value or 0.9 of it at -8, whichever loses less."""
+def int_group_input(group: int, half: int, ratios: tuple[float, ...]) -> Any:
+    """Forward hook: each group of channels on -half .. half - 1 steps, a ratio of its largest value at -half: the best one."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         groups = args[0].unflatten(-1, (-1, group))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        whole = torch.where(high > -low, high, low) / -8
-        seen = [torch.round(groups / scale).clamp(-8, 7) * scale for scale in (whole, 0.9 * whole)]
-        lost = [(s - groups).square().sum(-1, keepdim=True) for s in seen]
-        return (torch.where(lost[1] < lost[0], seen[1], seen[0]).flatten(-2), *args[1:])
+        whole = torch.where(high > -low, high, low) / -half
+        seen = torch.stack([torch.round(groups / (r * whole)).clamp(-half, half - 1) * r * whole for r in ratios])
+        best = (seen - groups).square().sum(-1, keepdim=True).argmin(0, keepdim=True)
+        return (seen.take_along_dim(best, 0)[0].flatten(-2), *args[1:])
 
     return hook
 
@@ -159,8 +159,9 @@ def input_hook(rule: dict[str, Any], fields: dict[str, Tensor]) -> Any:
             return shifted_input(fields, rule)
         case "int_static":
             return static_input(fields["input_scale"], fields["input_zero"], rule["bits"])
-        case "int4_group":
-            return int4_group_input(rule["group"])
+        case "int4_group" | "int6_group":
+            half = {"int4_group": 8, "int6_group": 32}[rule["name"]]
+            return int_group_input(rule["group"], half, (1.0, 0.9) if rule["search"] else (1.0,))
     raise AssertionError(rule)
 
 

@@ -31,6 +31,8 @@ BARS = {
     "e2m1/16/1/bf16": (2.6, 2.6),
     "e2m1/16/2/fp16": (2.6, 2.6),
     "e2m1/16/2/bf16": (2.6, 2.6),
+    "float4/64/1/fp16": (3.3, 3.3),
+    "float4/64/1/bf16": (3.3, 3.5),
 }
 
 
@@ -75,6 +77,7 @@ SAMPLE = [
     (90, "int8/32/1/fp16"),
     (80, "e2m1/16/2/bf16"),
     (100, "e2m1/16/1/fp16"),
+    (89, "float4/32/1/bf16"),
 ]
 
 
@@ -127,6 +130,7 @@ def test_quantization_is_compiled_without_fused_multiply_add(dtype):
         "int8/128/1/fp16",
         "e2m1/16/1/bf16",
         "e2m1/16/2/fp16",
+        "float4/64/1/bf16",
     ],
 )
 def test_the_twins_compile_for_amd(key):

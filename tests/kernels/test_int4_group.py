@@ -1,4 +1,4 @@
-"""int4_group: sixteen codes and a scale give back every group; the largest value is exact; searching never loses."""
+"""int4_group, int6_group: the codes and a scale give back every group; the largest value is exact; searching never loses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quant.kernels.activation import from_config
 from quant.kernels.activations.int4_group import Int4Group
+from quant.kernels.activations.int6_group import Int6Group
 
 
 def tokens(k: int = 192) -> Tensor:
@@ -15,21 +16,22 @@ def tokens(k: int = 192) -> Tensor:
     return torch.randn(3, 17, k, generator=generator) * torch.randn(17, k, generator=generator).exp()
 
 
+@pytest.mark.parametrize(("rule", "half"), [(Int4Group, 8), (Int6Group, 32)])
 @pytest.mark.parametrize("group", [1, 16, 48, 192])
-def test_a_group_is_sixteen_codes_and_a_scale_that_keeps_its_largest_value(group: int) -> None:
+def test_a_group_is_its_codes_and_a_scale_that_keeps_its_largest_value(group: int, rule: type[Int4Group], half: int) -> None:
     x = tokens()
-    seen = Int4Group(group=group).quantize(x, {})
+    seen = rule(group=group).quantize(x, {})
     assert seen.shape == x.shape
     assert seen.dtype == torch.float32
     groups, read = x.unflatten(-1, (-1, group)).double(), seen.unflatten(-1, (-1, group)).double()
     at = groups.abs().argmax(-1, keepdim=True)
     assert torch.allclose(read.gather(-1, at), groups.gather(-1, at), rtol=1e-6)
-    step = groups.gather(-1, at) / -8
+    step = groups.gather(-1, at) / -half
     codes = read / step
     assert float((codes - codes.round()).abs().max()) < 1e-5
-    assert codes.round().min() == -8
-    assert codes.round().max() <= 7
-    clipped = groups / step > 7.5
+    assert codes.round().min() == -half
+    assert codes.round().max() <= half - 1
+    clipped = groups / step > half - 0.5
     error = ((read - groups) / step).abs()
     assert float(error[~clipped].max()) <= 0.5 + 1e-5
     assert float(error.max()) <= 1 + 1e-5

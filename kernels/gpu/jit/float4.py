@@ -52,10 +52,12 @@ def float4(planes, words, COMPUTE: tl.constexpr, SCALED: tl.constexpr, INLINE: t
     packed = planes[0]
     if INLINE:
         OUT: tl.constexpr = "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r"
-        NARROW: tl.constexpr = tl.bfloat16 if COMPUTE == "bf16" else tl.float16
         shift = (words[0] >> 16) - lower(COMPUTE)
         args = [packed, tl.broadcast_to(shift, packed.shape), tl.broadcast_to(shift - 4, packed.shape)]
-        f = tl.inline_asm_elementwise(CODES, OUT, args, dtype=(NARROW,) * 2, is_pure=True, pack=4)
+        if COMPUTE == "bf16":
+            f = tl.inline_asm_elementwise(CODES, OUT, args, dtype=(tl.bfloat16,) * 2, is_pure=True, pack=4)
+        else:
+            f = tl.inline_asm_elementwise(CODES, OUT, args, dtype=(tl.float16,) * 2, is_pure=True, pack=4)
         low, high = (f[0] * unfold(COMPUTE)).to(T), (f[1] * unfold(COMPUTE)).to(T)
     else:
         code = packed.to(tl.int32)
