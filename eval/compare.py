@@ -63,11 +63,22 @@ def split_outside(text: str, at: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def read_lines(path: Path) -> list[str]:
+    """ValueError for a file that is not there or no text."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--recipes names the file {path}, which cannot be read ({error}); give @FILE or a list") from error
+
+
 def read_entries(text: str, common: Sequence[str] = ()) -> dict[str, Recipe]:
     """Recipes of a list such as `rtn,gptq:format.bits=3:format.group=128`, by entry. common: overrides of all of them.
 
-    Raises ValueError in one line for an unknown recipe or key, an entry given twice, and an empty list.
+    `@FILE` stands for the lines of a file that do not begin with #. Raises ValueError in one line for a file that cannot be
+    read, an unknown recipe or key, an entry given twice, and an empty list.
     """
+    if text.startswith("@"):
+        text = ",".join(line for line in read_lines(Path(text[1:])) if not line.startswith("#"))
     found: dict[str, Recipe] = {}
     for entry in split_outside(text, ","):
         name, *overrides = split_outside(entry, ":")
@@ -152,7 +163,12 @@ def require_writable(*paths: Path | None) -> None:
 
 @click.command("compare")
 @click.argument("model")
-@click.option("--recipes", required=True, metavar="A,B:KEY=VALUE,...", help="Recipes, each with its overrides after colons.")
+@click.option(
+    "--recipes",
+    required=True,
+    metavar="A,B:KEY=VALUE,...",
+    help="Recipes, each with its overrides after colons; @FILE: one a line.",
+)
 @click.option("--calib", metavar="SOURCE", help="Calibration data of all recipes; as in the main job.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every recipe.")
 @click.option("--text", help="Text to score: a text or jsonl file, or a data set; default: the built-in evaluation text.")

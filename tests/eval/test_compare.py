@@ -43,7 +43,7 @@ def never(*args: object, **kwargs: object) -> None:
     raise AssertionError("computed again")
 
 
-def test_entries() -> None:
+def test_entries(tmp_path: Path) -> None:
     assert split_outside("a, b:x=[1,2]:y={c: d, e: f} ,,c", ",") == ["a", "b:x=[1,2]:y={c: d, e: f}", "c"]
     found = read_entries("rtn, gptq:format.bits=3:rules=[{match: 'a*', skip: true}]", ["seed=5"])
     assert list(found) == ["rtn", "gptq:format.bits=3:rules=[{match: 'a*', skip: true}]"]
@@ -51,6 +51,8 @@ def test_entries() -> None:
     second = found["gptq:format.bits=3:rules=[{match: 'a*', skip: true}]"]
     assert second.format["bits"] == 3
     assert second.rules[0].match == "a*"
+    (tmp_path / "list").write_text("# weights only\nrtn\ngptq:format.bits=3:rules=[{match: 'a*', skip: true}]\n")
+    assert read_entries(f"@{tmp_path / 'list'}", ["seed=5"]) == found
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,7 @@ def test_entries() -> None:
         ("rtn:format.bits", "has no '='"),
         ("rtn,rtn", "names rtn twice"),
         (" , ", "--recipes is empty"),
+        ("@none.txt", "names the file none.txt, which cannot be read"),
     ],
 )
 def test_bad_entries_are_one_line(run: Callable[..., int], capsys: pytest.CaptureFixture[str], recipes: str, said: str) -> None:
