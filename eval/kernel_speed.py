@@ -38,6 +38,7 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes, Format
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -59,8 +60,8 @@ def group_of(k: int) -> int:
 
 
 def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
-    """A valid random [n, k] weight in `fmt` (int4_dual, int_group, fp4_block or fp_channel)."""
-    if isinstance(fmt, Fp4Block | FpChannel):
+    """A valid random [n, k] weight in `fmt` (int4_dual, int_group, fp4_block, fp_channel or binary_dual)."""
+    if isinstance(fmt, Fp4Block | FpChannel | BinaryDual):
         return fmt.pack(fmt.nearest(torch.randn(n, k)))
     if isinstance(fmt, Int4Dual):
         groups = k // fmt.group
@@ -95,6 +96,7 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
         *((IntGroup(bits=bits, group=group, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
         *((Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")),
+        (BinaryDual(group=group), Unquantized()),
         (FpChannel(group=group), Unquantized()),
         (FpChannel(group=group), FpShift(bits=8, dynamic=True)),
     ]
@@ -120,6 +122,8 @@ def label(fmt: Format, activation: Activation) -> str:
         return "A8W4"
     if isinstance(fmt, Fp4Block):
         return f"{fmt.kind}A16"
+    if isinstance(fmt, BinaryDual):
+        return "dual W2A16"
     if isinstance(fmt, FpChannel):
         return f"FP{fmt.bits}A{16 if activation.name == 'none' else 8}"
     assert isinstance(fmt, IntGroup)

@@ -75,11 +75,17 @@ class Format(ABC):
 
     def steps(self, params: Mapping[str, Tensor]) -> Tensor:
         """The distance of neighbouring codes around 0, float32 [N, K // G], for parameters as stored or in float32."""
-        raise ValueError(f"{self.name} has no steps; codes train in int_group, int4_dual and fp4_block")
+        raise ValueError(
+            f"{self.name} has no steps; codes train in int_group, int4_dual, fp4_block, fp_channel and binary_dual"
+        )
 
     def project(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """The uint8 codes [N, K] nearest to a float32 weight under given parameters."""
         raise ValueError(f"{self.name} cannot round under given scales, so its codes cannot be trained; set distill.codes=0")
+
+    def shares(self, codes: Codes) -> dict[str, float]:
+        """What a report says of a weight's codes: shares by name, none for most formats."""
+        return {}
 
     def rows(self, tensors: Mapping[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
         """What the fields or parameters of a weight are for some of its rows: a slice, or int64 indices [M].

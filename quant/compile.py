@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class LayerReport:
     zero_fraction: share of input values that round to 0 as served, and without folds and rotation (CrossQuant's "quantization
     kernel"); None where inputs stay in floats. Compare it within one model only.
     tokens: calibration tokens that the layer saw. data: False for an expert that saw too few, whose errors are of its weights.
+    shares: what the format says of the codes, see `Format.shares`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerReport:
     zero_fraction: tuple[float, float] | None
     note: str
     data: bool = True
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ def quantize_members(
         at += target.n
         signal = output_error(weight[rows], stats.gram)
         error, rtn_error = ((max(output_error(d[rows], stats.gram), 0.0) / max(signal, 1e-30)) ** 0.5 for d in (lost, lost_rtn))
+        mine = Codes(codes.codes[rows], fmt.rows(codes.params, rows))
         report = LayerReport(
             target.name,
             fmt.config(),
@@ -242,8 +245,8 @@ def quantize_members(
             zeros,
             target.note,
             stats.data,
+            fmt.shares(mine),
         )
-        mine = Codes(codes.codes[rows], fmt.rows(codes.params, rows))
         out.append((target, fmt.pack(mine) | {name: t.clone() for name, t in inputs.items()}, report))
     return out
 

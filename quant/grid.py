@@ -1,6 +1,7 @@
 """Grids that weights are rounded to: level times step, the step shared by a group of G channels along K.
 
-    q[n, k] = step[n, k // G] * level        level: the integers -zero .. levels - 1 - zero, or the values of a small float
+    q[n, k] = step[n, k // G] * level        level: the integers -zero .. levels - 1 - zero, or the values of a small float,
+                                             or 0, 1, r and 1 + r with an r of the group
 
 Rounding methods (`rounding.py`) work on levels and know nothing else about a grid.
 """
@@ -93,3 +94,40 @@ class FloatGrid(Grid):
 
     def codes(self, levels: Tensor) -> Tensor:
         return self.kind.encode(levels)
+
+
+@dataclass(frozen=True)
+class Dual(Grid):
+    """Sums of two scaled bits: step a1, either sign, and ratio a2 / a1 in [-1, 1], [N, K // G]. Codes B1 + 2 * B2."""
+
+    ratio: Tensor
+
+    @classmethod
+    def of(cls, scales: Tensor) -> Dual:
+        """scales: [N, K // G, 2], none 0, a1 not smaller than a2 (`dual.ordered`)."""
+        return cls(scales[..., 0], scales[..., 1] / scales[..., 0])
+
+    def nearest(self, order: Tensor) -> Nearest:
+        ratio = self._by_channel(self.ratio, order)
+
+        def nearest(u: Tensor, j: int) -> Tensor:
+            r = ratio[j]
+            first = (u >= (1 + r) / 2).to(u.dtype)
+            return first.add_(r * ((u - first) * r > r * r / 2))
+
+        return nearest
+
+    def levels(self, codes: Tensor) -> Tensor:
+        return (codes & 1) + (codes >> 1) * self._per_weight(codes)
+
+    def codes(self, levels: Tensor) -> Tensor:
+        r = self._per_weight(levels)
+        first = levels >= (1 + r) / 2
+        second = (levels - first.to(levels.dtype)) * r > r * r / 2
+        return first.to(torch.uint8) | second.to(torch.uint8) << 1
+
+    def rows(self, rows: slice) -> Dual:
+        return replace(self, step=self.step[rows], ratio=self.ratio[rows])
+
+    def _per_weight(self, like: Tensor) -> Tensor:
+        return self.ratio.repeat_interleave(like.shape[1] // self.ratio.shape[1], 1)

@@ -45,19 +45,28 @@ def refit_steps(weight: Tensor, gram: Tensor, levels: Tensor, step: Tensor) -> T
     would turn a step's sign keeps its steps.
     """
     parts = zip(*(torch.split(t, CHUNK_ROWS) for t in (weight, levels, step)), strict=True)
+    fitted = torch.cat([_refit_rows(w, gram, v.unsqueeze(1), s.unsqueeze(1)) for w, v, s in parts]).squeeze(1)
+    return torch.where((fitted > 0).all(-1, keepdim=True), fitted, step)
+
+
+def refit_planes(weight: Tensor, gram: Tensor, planes: Tensor, scales: Tensor) -> Tensor:
+    """The same where a weight is a sum of P scaled planes: planes float32 [N, P, K], scales [N, P, K // G] of any sign."""
+    parts = zip(*(torch.split(t, CHUNK_ROWS) for t in (weight, planes, scales)), strict=True)
     return torch.cat([_refit_rows(w, gram, v, s) for w, v, s in parts])
 
 
-def _refit_rows(weight: Tensor, gram: Tensor, levels: Tensor, step: Tensor) -> Tensor:
-    n, groups = step.shape
-    v = levels.view(n, groups, -1)
+def _refit_rows(weight: Tensor, gram: Tensor, planes: Tensor, scales: Tensor) -> Tensor:
+    n, count, groups = scales.shape
+    v = planes.view(n, count, groups, -1)
     size = v.shape[-1]
-    wanted = ((weight @ gram).view(n, groups, size) * v).sum(-1)  # b [N, groups]
-    normal = torch.empty(n, groups, groups, device=weight.device)  # A
-    for g in range(groups):
-        pull = v[:, g] @ gram[g * size : (g + 1) * size]  # H v_g [N, K]
-        normal[:, g] = (pull.view(n, groups, size) * v).sum(-1)
+    wanted = ((weight @ gram).view(n, 1, groups, size) * v).sum(-1).flatten(1)  # b [N, P * groups]
+    normal = torch.empty(n, count * groups, count * groups, device=weight.device)  # A
+    for p in range(count):
+        for g in range(groups):
+            pull = v[:, p, g] @ gram[g * size : (g + 1) * size]  # H v_g [N, K]
+            normal[:, p * groups + g] = (pull.view(n, 1, groups, size) * v).sum(-1).flatten(1)
+    before = scales.flatten(1)
     ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
-    solved, info = torch.linalg.solve_ex(normal + torch.diag_embed(ridge), wanted + ridge * step)
-    good = (info == 0) & (solved.isfinite() & (solved > 0)).all(-1)
-    return torch.where(good.unsqueeze(-1), solved, step)
+    solved, info = torch.linalg.solve_ex(normal + torch.diag_embed(ridge), wanted + ridge * before)
+    good = (info == 0) & solved.isfinite().all(-1)
+    return torch.where(good.unsqueeze(-1), solved, before).view(scales.shape)

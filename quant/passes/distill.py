@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Pass(Tuner):
     """steps of `windows` samples each. scales, vectors, codes: learning rates, see train.distill.Rates; 0 leaves codes alone.
 
-    tau: the largest share of a layer's codes that changes in one step. held: samples kept to measure on. save_every: steps.
+    tau: the largest share of a layer's codes that changes in one step. lam, gamma: how much more tokens count that the float
+    model is unsure of, see train.distill; held-out KL counts all alike. held: samples kept to measure on. save_every: steps.
 
     SmolLM2-135M, W4A16 of quarot-gptq-w4a16, 60 steps of 2048 tokens, scales 0.002, vectors 0.001: held-out KL 0.071 to 0.066,
     perplexity on WikiText-2 +6.9 to +4.3 %; 100 steps with greater rates gave the same. codes 0.03 raised the loss from 0.05
@@ -36,6 +37,8 @@ class Pass(Tuner):
     vectors: float = Field(1e-3, ge=0)
     codes: float = Field(0.0, ge=0)
     tau: float = Field(0.01, gt=0, le=1)
+    lam: float = Field(0.0, ge=0, le=1)
+    gamma: float = Field(1.0, ge=0)
     held: int = Field(8, ge=1)
     save_every: int = Field(20, ge=1)
 
@@ -65,6 +68,8 @@ class Pass(Tuner):
             rates=rates,
             state=state,
             save_every=self.save_every,
+            lam=self.lam,
+            gamma=self.gamma,
             tell=tell,
         )
         write_back(student, folder, plan)

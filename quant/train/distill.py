@@ -1,7 +1,9 @@
 """End-to-end distillation: the packed model learns the float model's next-token distribution, over all blocks at once.
 
-    loss = mean over tokens of KL(p_teacher || p_student)
+    loss = mean over tokens of omega KL(p_teacher || p_student)        omega = 1 - lam + lam H^gamma / mean of H^gamma
 
+H is the entropy of the teacher's distribution: with lam above 0, tokens that the teacher itself is unsure of count more, as in
+the deviation-aware distillation of DB-LLM (Chen et al., 2024; their weight was not to be had, this one is ours).
 No label of the text is used. Layer-wise methods cannot see how errors of different layers add up in the logits; here they are
 traded against each other. Steps and norms move by Adam, codes as in `layer.py`. A step reads `windows` samples, one at a time:
 memory holds the two models, gradients of the dense weights, and one sample's activations.
@@ -28,6 +30,7 @@ from quant.train.folder import Student
 
 WARM = 0.05  # share of the steps over which rates rise
 BETAS = (0.9, 0.95)
+ENTROPY_FLOOR = 1e-6  # nats: no power of an entropy of 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,17 @@ class Progress:
     skipped: int = 0
 
 
-def divergence(teacher: Any, student: Any, sample: Sample) -> Tensor:
-    """Mean KL over the tokens of a sample, nats, weighted as the sample says; differentiable in the student."""
+def deviation_weights(wanted: Tensor, weights: Tensor, lam: float, gamma: float) -> Tensor:
+    """omega [..., T] of teacher's log probabilities [..., T, V], its mean under `weights` [..., T] being 1."""
+    size = (-(wanted.exp() * wanted).sum(-1)).clamp_min(0).add(ENTROPY_FLOOR) ** gamma
+    return 1 - lam + lam * size / ((size * weights).sum() / weights.sum())
+
+
+def divergence(teacher: Any, student: Any, sample: Sample, lam: float = 0.0, gamma: float = 1.0) -> Tensor:
+    """Mean KL over the tokens of a sample, nats, weighted as the sample says; differentiable in the student.
+
+    lam, gamma: as at the head of this file.
+    """
     device = next(student.parameters()).device
     with torch.no_grad():
         wanted = torch.log_softmax(teacher(**sample.inputs, use_cache=False).logits.float(), -1)
@@ -59,6 +71,8 @@ def divergence(teacher: Any, student: Any, sample: Sample) -> Tensor:
         logits = student(**as_float(sample.inputs), use_cache=False).logits
     found = torch.nn.functional.kl_div(torch.log_softmax(logits.float(), -1), wanted, reduction="none", log_target=True).sum(-1)
     weights = sample.masks.get(found.shape[1], torch.ones_like(found))
+    if lam and gamma:
+        found = found * deviation_weights(wanted, weights, lam, gamma)
     return (found * weights).sum() / weights.sum()
 
 
@@ -104,6 +118,8 @@ def train(
     rates: Rates,
     state: Path,
     save_every: int,
+    lam: float = 0.0,
+    gamma: float = 1.0,
     tell: Tell = lambda done, total, loss: None,
 ) -> Progress:
     """Run to `steps`, each on the next `windows` of `samples`, from where `state` (a folder) says an earlier run got to.
@@ -118,7 +134,7 @@ def train(
         student.refresh()
         total = 0.0
         for index in range(step * windows, (step + 1) * windows):
-            loss = divergence(teacher, student.model, samples[index % len(samples)]) / windows
+            loss = divergence(teacher, student.model, samples[index % len(samples)], lam, gamma) / windows
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         share = share_of_rate(step, steps)

@@ -16,6 +16,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {  # a format without an entry is
     ],
     "int4_dual": [{"group": g} for g in (2, 16, 48, 64, 96, 192)],
     "fp_channel": [{"bits": b, "group": g} for b in (4, 8) for g in (16, 48, -1)],
+    "binary_dual": [{"group": g} for g in (16, 48, 64, -1)],
     "fp4_block": [{"kind": kind} for kind in ("mxfp4", "nvfp4")],
 }
 EVERY = [from_config({"name": name, **options}) for name in sorted(FORMATS) for options in VARIANTS.get(name, [{}])]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from quant.kernels.activations.int_token import Int8Token, quantize_token
 from quant.kernels.activations.none import Unquantized
-from quant.kernels.cpu import a8w4, build, fp4, fp_channel, library, memory, w8a8, weight_only
+from quant.kernels.cpu import a8w4, build, dual, fp4, fp_channel, library, memory, w8a8, weight_only
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -52,7 +53,7 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
     """One prepared layer per kernel: (kernel, prepared, spec)."""
     torch.manual_seed(0)
     z = torch.randint(0, 16, (N, K // G))
-    dual = {
+    integers = {
         "group_scale": torch.full((N, K // G), 7, dtype=torch.uint8),
         "group_offset": (-7 * z).to(torch.int8),
         "row_scale": torch.rand(N),
@@ -64,11 +65,12 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         for bits in (2, 3, 4, 8)
     ]
     layers = [
-        (a8w4.A8W4(), Int4Dual(group=G), Int8Token(), 16, dual),
+        (a8w4.A8W4(), Int4Dual(group=G), Int8Token(), 16, integers),
         (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), Int8Token(), 256, {"weight_scale": torch.rand(N, 1)}),
         (fp4.Fp4(), Fp4Block(kind="mxfp4"), Unquantized(), 16, {"weight_scale": torch.randint(118, 126, (N, K // 32)).byte()}),
         (fp4.Fp4(), Fp4Block(kind="nvfp4"), Unquantized(), 16, nvfp4),
         (fp_channel.FpChannelKernel(), FpChannel(group=G), Unquantized(), 16, e3m0),
+        (dual.CpuDual(), BinaryDual(group=G), Unquantized(), 4, {"weight_scale": torch.randn(N, K // G, 2).half()}),
         *float_weights,
     ]
     out = []
@@ -87,6 +89,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
         _,
         (_, (codes_fp4, scale_fp4, rows_fp4, _), _),
         (_, (codes_fp, scale_fp, kinds), _),
+        (_, (codes_dual, scale_dual), _),
         *_,
         (_, (codes4, scale, zero), _),
         _,
@@ -103,6 +106,8 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
             torch.ops.lowbit.cpu_fp_channel_multi,
             (x, codes_fp, scale_fp, kinds, torch.rand(5), [bias[:64], None], [64, N - 64], K, G),
         ),
+        (torch.ops.lowbit.cpu_dual, (x, codes_dual, scale_dual, bias, N, K, G)),
+        (torch.ops.lowbit.cpu_dual_multi, (x, codes_dual, scale_dual, [None, bias[64:]], [64, N - 64], K, G)),
         (
             torch.ops.lowbit.cpu_fp_shift,
             (x.bfloat16(), torch.rand(1), shift, torch.tensor([2], dtype=torch.uint8), 8, True, 16),
@@ -167,6 +172,34 @@ def test_bfloat16_tokens_are_right_on_every_instruction_set(bits: int, group: in
                     kernel.matmul(torch.full((m, k), torch.nan).bfloat16(), prepared, None, spec)  # scratch full of NaN
                     y = kernel.matmul(x, prepared, None, spec)
                     assert (y.double() - wanted).norm() < 2.5e-3 * wanted.norm(), (isa, m, symmetric)
+    finally:
+        library.select(lib, available[-1])
+
+
+@needs_library
+@pytest.mark.parametrize(("group", "k"), [(16, 1056), (48, 1008), (-1, 1035)])
+def test_two_planes_are_right_on_every_instruction_set(group: int, k: int) -> None:
+    """As above; k that fill no word, scales of any sign."""
+    lib, fmt, n = library.load(), BinaryDual(group=group), 40
+    available = [isa for number, isa in enumerate(library.ISAS) if lib.lowbit_select(number) == 0]
+    scale = torch.randn(n, fmt.groups(k), 2).to(fmt.scale_dtype)
+    codes = Codes(torch.randint(0, 4, (n, k), dtype=torch.uint8), {"weight_scale": scale})
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cpu")
+    kernel = dual.CpuDual()
+    fields = fmt.pack(codes)
+    prepared = kernel.prepare(fields, spec)
+    assert all(torch.equal(t, fields[name]) for name, t in kernel.restore(prepared, spec).items())
+    weight = fmt.dequantize(codes).double()
+    try:
+        for m in (1, 2, 3, 4, 5, 17, 64):
+            for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.5e-3)):
+                x = torch.randn(m, k).to(dtype)
+                wanted = x.double() @ weight.t()
+                for isa in available:
+                    library.select(lib, isa)
+                    kernel.matmul(torch.full((m, k), torch.nan).to(dtype), prepared, None, spec)  # scratch full of NaN
+                    y = kernel.matmul(x, prepared, None, spec)
+                    assert (y.double() - wanted).norm() < tolerance * wanted.norm(), (isa, m, dtype)
     finally:
         library.select(lib, available[-1])
 

@@ -17,6 +17,7 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.format import Codes, Fields, Format
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -44,6 +45,8 @@ FORMATS = {
     "mxfp4": lambda g: (Fp4Block(kind="mxfp4"), Unquantized()),
     "nvfp4": lambda g: (Fp4Block(kind="nvfp4"), Unquantized()),
     "mxfp4_w4a4": lambda g: (Fp4Block(kind="mxfp4"), MxFp4()),
+    "dual": lambda g: (BinaryDual(group=g), Unquantized()),
+    "dual_row": lambda g: (BinaryDual(group=-1), Unquantized()),
     "nvfp4_w4a4": lambda g: (Fp4Block(kind="nvfp4"), NvFp4()),
 }
 
@@ -56,6 +59,9 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
         s2[beyond], z[beyond] = 8, 8
         params = {"group_scale": s2.to(torch.uint8), "group_offset": (-z * s2).to(torch.int8), "row_scale": torch.rand(n) + 0.1}
         return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
+    if isinstance(fmt, BinaryDual):
+        scale = (torch.rand(n, fmt.groups(k), 2) * 0.1 + 0.01) * torch.tensor([1.0, -1.0])
+        return Codes(torch.randint(0, 4, (n, k), dtype=torch.uint8), {"weight_scale": scale.to(fmt.scale_dtype)})
     if isinstance(fmt, Fp4Block):
         groups, params = k // fmt.group, {"weight_scale": torch.randint(118, 126, (n, k // fmt.group), dtype=torch.uint8)}
         if fmt.kind == "nvfp4":  # subnormal scales too
@@ -164,7 +170,7 @@ def test_extremes(kernel: Kernel, kind: str) -> None:
         codes.params["group_scale"].fill_(17)
         codes.params["group_offset"].fill_(-128)
     codes.codes[: n // 2] = 0
-    codes.codes[n // 2 :] = 2**spec.format.bits - 1 if isinstance(spec.format, IntGroup) else 15
+    codes.codes[n // 2 :] = 2**spec.format.bits - 1 if isinstance(spec.format, IntGroup | BinaryDual) else 15
     fields, weight = fields_of(spec, codes), spec.format.dequantize(codes)
     prepared = kernel.prepare(fields, spec)
     x = torch.randn(21, k)
@@ -201,6 +207,7 @@ def test_cpu_kernels_are_the_ones_chosen() -> None:
         ("int4_dual", "cpu_a8w4"),
         ("w8", "cpu_w8a8"),
         ("fp4", "cpu_fp_channel"),
+        ("dual", "cpu_dual"),
         *((f"w{b}_asym", "cpu_weight_only") for b in (2, 3, 4, 8)),
         *((kind, "cpu_fp4") for kind in ("mxfp4", "nvfp4", "mxfp4_w4a4", "nvfp4_w4a4")),
     ):

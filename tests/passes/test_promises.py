@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quant.kernels.format import Format
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -25,6 +26,8 @@ FORMATS: list[Format] = [
     FpChannel(),
     FpChannel(group=32),
     FpChannel(bits=8),
+    BinaryDual(group=32),
+    BinaryDual(group=-1),
 ]
 QUANTIZERS = {name: base.find(name) for name in base.names() if issubclass(base.find(name), Quantizer)}
 PAIRS = [(name, fmt) for name, cls in QUANTIZERS.items() for fmt in FORMATS if cls().refuses(fmt) is None]

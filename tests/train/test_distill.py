@@ -14,7 +14,7 @@ import quant
 from quant.calibrate import Sample
 from quant.models import index, read_header
 from quant.passes.distill import Pass
-from quant.train.distill import divergence, share_of_rate
+from quant.train.distill import deviation_weights, divergence, share_of_rate
 
 OPTIONS = {"steps": 12, "windows": 2, "held": 2, "scales": 0.01, "vectors": 0.003, "codes": 0.06, "save_every": 4}
 
@@ -80,6 +80,40 @@ def test_a_model_does_not_differ_from_itself(tiny: ModuleType) -> None:
     alone, other = divergence(teacher, student, sample), divergence(teacher, tiny.llama(seed=1).float(), sample)
     assert 0 <= float(alone.detach()) < 1e-3  # bfloat16 against bfloat16 under autocast
     assert float(other.detach()) > 100 * float(alone.detach())
+
+
+def test_deviation_weights_have_mean_one_and_follow_the_entropy() -> None:
+    wanted = torch.log_softmax(torch.randn(3, 7, 50) * torch.linspace(0, 8, 7).view(1, 7, 1), -1)
+    weights = torch.rand(3, 7)
+    entropy = -(wanted.exp() * wanted).sum(-1)
+    for lam, gamma in ((0.5, 1.0), (1.0, 2.0), (0.3, 0.5)):
+        omega = deviation_weights(wanted, weights, lam, gamma)
+        assert float((omega * weights).sum() / weights.sum()) == pytest.approx(1, abs=1e-5)
+        assert torch.equal(omega.flatten().argsort(), entropy.flatten().argsort())
+        assert float(omega.min()) >= 1 - lam
+    sure = torch.log(torch.eye(4).unsqueeze(0).clamp_min(1e-45))  # one-hot: no entropy, no NaN
+    assert torch.allclose(deviation_weights(sure, torch.ones(1, 4), 1.0, 1.0), torch.ones(1, 4))
+
+
+def test_deviation_without_lam_or_gamma_is_plain_distillation(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a student that equals its teacher gets no gradient, whatever the weights."""
+    teacher, student = tiny.llama().float(), tiny.llama(seed=1).float()
+    sample = Sample({"input_ids": torch.randint(0, 320, (1, 48), generator=torch.Generator().manual_seed(1))})
+    losses = {}
+    for lam, gamma in ((0.0, 1.0), (0.7, 0.0), (0.7, 1.0)):
+        student.zero_grad()
+        loss = divergence(teacher, student, sample, lam, gamma)
+        loss.backward()
+        losses[lam, gamma] = float(loss.detach()), student.model.layers[0].mlp.up_proj.weight.grad.clone()
+    plain, flat, aware = losses.values()
+    assert flat[0] == plain[0]
+    assert torch.equal(flat[1], plain[1])
+    assert aware[0] != plain[0]
+    assert not torch.equal(aware[1], plain[1])
+    monkeypatch.setattr("quant.train.distill.compute_dtype", lambda device: torch.float32)  # both alike
+    student.zero_grad()
+    divergence(student, student, sample, 0.7, 1.0).backward()
+    assert float(student.model.layers[0].mlp.up_proj.weight.grad.abs().max()) < 1e-5 * float(aware[1].abs().max())
 
 
 def test_rates_rise_and_fall_to_nothing() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.format import Codes, Format
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -25,6 +26,8 @@ FORMATS: list[Format] = [
     Fp4Block(kind="nvfp4"),
     FpChannel(bits=4, group=32),
     FpChannel(bits=8, group=-1),
+    BinaryDual(group=32),
+    BinaryDual(group=-1),
 ]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: "-".join(map(str, fmt.config().values())))
 
@@ -52,7 +55,7 @@ def test_project_finds_the_nearest_level(fmt: Format) -> None:
 
 
 def levels(fmt: Format) -> int:
-    return 2**fmt.bits if isinstance(fmt, IntGroup | FpChannel) else 16
+    return 2**fmt.bits if isinstance(fmt, IntGroup | FpChannel | BinaryDual) else 16
 
 
 @formats
@@ -78,7 +81,11 @@ def test_scales_get_the_gradient_of_the_weight(fmt: Format) -> None:
     for name, theta in trained.theta.items():
         step = 1e-3
         if name == "weight_scale":  # W is linear in a scale, so dL/dtheta = sum over its group of g W
-            wanted = (grad * trained.weight(trained.codes).detach()).view(*theta.shape, -1).sum(-1)
+            parts = [trained.weight(trained.codes).detach()]
+            if isinstance(fmt, BinaryDual):  # of each plane by itself
+                parts = [trained.weight(trained.codes & bit).detach() for bit in (1, 2)]
+            by_group = [(grad * part).view(N, theta.shape[1], -1).sum(-1) for part in parts]
+            wanted = torch.stack(by_group, -1).view_as(theta)
             assert torch.allclose(theta.grad, wanted, rtol=2e-3, atol=1e-5)
         total = []
         for sign in (1, -1):

@@ -1,9 +1,10 @@
-// The three kernels for AVX2 with FMA: one way for any number of tokens, four at a time, codes unpacked in registers.
+// The kernels for AVX2 with FMA: one way for any number of tokens, four at a time, codes unpacked in registers.
 //
 // A register holds 8 rows, so a block of 32 is four strips. A8W4 uses vpmaddubsw on raw codes: 15 * 127 * 4 fits int16,
 // which full bytes would not, so the group's scale goes on the int32 sum. W8A8 widens both sides to int16 instead.
 #include <immintrin.h>
 
+#include "dual.h"
 #include "fp4.h"
 #include "weights.h"
 #include "rotation.h"
@@ -93,16 +94,16 @@ struct W8A8 : IntegerPanels {
     }
 };
 
+inline __m256 load_scale(const Problem& p, int64_t index) {
+    if (p.scale_is_f32) return _mm256_loadu_ps((const float*)p.scale + index);
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const uint16_t*)p.scale + index)));
+}
+
 template <int BITS>
 struct WeightOnly : FloatPanels<BITS> {
     using S = Stored<BITS>;
     static constexpr int kWidth = 0;
     static constexpr bool kPairs = false;
-
-    static __m256 load_scale(const Problem& p, int64_t index) {
-        if (p.scale_is_f32) return _mm256_loadu_ps((const float*)p.scale + index);
-        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)((const uint16_t*)p.scale + index)));
-    }
 
     // part += weight times channel k of each token
     template <int MT>
@@ -217,8 +218,49 @@ struct Fp4 : FloatPanels<4> {
     }
 };
 
+// vpermilps reads two bits of each lane as its index, which pick one of the four subset sums of two tokens' values.
+struct Dual : SubsetSums<2> {
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
+
+    template <int MT, int B>
+    static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
+        const int64_t groups = p.k / p.group, units = Planes::units(p);
+        memset(out, 0, MT * kRows * sizeof(float));
+        for (int64_t g = 0; g < groups; g++)
+            for (int strip = 0; strip < kStrips; strip++) {
+                const uint8_t* w = Planes::at(p, block, g * units * Planes::kUnit) + 32 * strip;
+                const float* x = (const float*)panel.data + g * units * kTables * kEntries * MT;
+                __m256 part[2][MT];
+                for (int t = 0; t < MT; t++) part[0][t] = part[1][t] = _mm256_setzero_ps();
+                for (int64_t i = 0; i < units; i++, w += Planes::kUnitBytes) {
+                    const __m256i word = load(w);
+#pragma GCC unroll 8
+                    for (int j = 0; j < kTables; j++)
+#pragma GCC unroll 4
+                        for (int t = 0; t < MT; t++, x += kEntries) {
+                            const __m256 table = _mm256_broadcast_ps((const __m128*)x);
+#pragma GCC unroll 2
+                            for (int plane = 0; plane < 2; plane++) {
+                                const __m256i index = _mm256_srli_epi32(word, 16 * plane + 2 * j);
+                                part[plane][t] = _mm256_add_ps(part[plane][t], _mm256_permutevar_ps(table, index));
+                            }
+                        }
+                }
+                for (int plane = 0; plane < 2; plane++) {
+                    const __m256 scale = load_scale(p, Planes::scale_at(p, block, g, plane) + 8 * strip);
+                    for (int t = 0; t < MT; t++) {
+                        float* to = out + t * kRows + 8 * strip;
+                        _mm256_store_ps(to, _mm256_fmadd_ps(scale, part[plane][t], _mm256_load_ps(to)));
+                    }
+                }
+            }
+    }
+};
+
 }  // namespace
 
+void avx2_dual(const Problem& p) { run<Dual>(p); }
 void avx2_fp4(const Problem& p) { run<Fp4>(p); }
 void avx2_a8w4(const Problem& p) { run<A8W4>(p); }
 void avx2_w8a8(const Problem& p) { run<W8A8>(p); }

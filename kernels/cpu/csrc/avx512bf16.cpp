@@ -1,5 +1,6 @@
 // Weight-only kernels for AVX-512 with BF16. vdpbf16ps multiplies pairs of bfloat16, exactly, and adds to a float32 lane.
 // Only bfloat16 tokens take this way: wider ones would need two or three terms, which float32 units beat.
+#include "avx512dual.h"
 #include "avx512fp4pairs.h"
 #include "avx512pairs.h"
 
@@ -64,4 +65,8 @@ void avx512bf16_weight_only(const Problem& p) {
 void avx512bf16_fp4(const Problem& p) {
     if (p.dtype != kBF16) return avx512_fp4(p);
     run<Fp4Pairs<Bf16Engine>>(p);
+}
+void avx512bf16_dual(const Problem& p) {
+    if (p.dtype != kBF16) return avx512_dual(p);
+    run<Dual<Bf16Engine>>(p);
 }

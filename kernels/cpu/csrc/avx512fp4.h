@@ -2,10 +2,10 @@
 //
 // Few tokens: codes are looked up in registers as float32 and the scale multiplies a block's float32 sum (bfloat16 tokens on
 // processors that multiply them go through avx512fp4pairs.h). Many tokens: a weight times its scale has at most six
-// significant bits, which bfloat16 holds exactly, so a slice is unpacked with the scales in it and no block is seen again: an
-// Engine of avx512weights.h multiplies one group as long as K.
+// significant bits, which bfloat16 holds exactly, so a slice is unpacked with the scales in it and no block is seen again
+// (avx512slices.h).
 #pragma once
-#include "avx512weights.h"
+#include "avx512slices.h"
 #include "fp4.h"
 
 namespace {
@@ -39,18 +39,14 @@ struct Fp4 : FloatPanels<4> {
     static constexpr int kWidth = Engine::kWidth;
     static constexpr bool kPairs = true;
 
-    static int64_t columns(const Problem& p) { return round_up(p.k, Engine::kAlign); }
+    using Slices = ScaledSlices<Engine, 8>;
+
     static int64_t panel_bytes(const Problem& p, bool many) {
-        return many ? Engine::panel_bytes(columns(p)) : FloatPanels<4>::panel_bytes(p, many);
+        return many ? Engine::panel_bytes(Slices::columns(p)) : FloatPanels<4>::panel_bytes(p, many);
     }
 
     static void gather(const Problem& p, const char* row, int t, const Panel<float>& panel) {
-        if (!panel.many) return FloatPanels<4>::gather(p, row, t, panel);
-        static thread_local Scratch buffer;
-        float* values = (float*)buffer.at_least(columns(p) * 4);
-        to_float(values, row, p.k, p.dtype);
-        for (int64_t i = p.k; i < columns(p); i++) values[i] = 0;
-        Engine::put(values, columns(p), t, panel);
+        panel.many ? Slices::gather(p, row, t, panel) : FloatPanels<4>::gather(p, row, t, panel);
     }
 
     template <int MT, int B>
@@ -97,28 +93,18 @@ struct Fp4 : FloatPanels<4> {
     }
 
     static void many(const Problem& p, int64_t block, const Panel<float>* panels, int count, float* out) {
-        alignas(64) Element slice[kRows * Engine::kSlice];
         const int64_t groups = p.k / p.group;
         const __m512 table = float_values(kE2M1);
-        Problem plain = p;  // weights as they are: one group without a scale
-        plain.scale = nullptr;
-        plain.group = p.k;
-        for (int64_t k0 = 0; k0 < p.k; k0 += Engine::kSlice) {
-            const int64_t size = min64(p.k - k0, Engine::kSlice), end = round_up(size, Engine::kAlign);
+        Slices::many(p, block, panels, count, out, [&](int64_t k0, int64_t size, Element* to) {
             const uint8_t* w = p.codes + (block * p.k + k0) * 16;
-            Element* to = slice;
-            for (int64_t k = k0; k < k0 + size; k += p.group)
+            for (int64_t k = 0; k < size; k += p.group)
 #pragma GCC unroll 2
                 for (int h = 0; h < 2; h++) {
-                    const __m512 scale = load_block_scale(p, (block * groups + k / p.group) * kRows + 16 * h);
+                    const __m512 scale = load_block_scale(p, (block * groups + (k0 + k) / p.group) * kRows + 16 * h);
                     for (int64_t i = 0; i < p.group / 8; i++)
-                        put_scaled(Words<4>(w + (k - k0) * 16 + 128 * i, h), h, table, scale, to + (k - k0) * kRows + 8 * kRows * i);
+                        put_scaled(Words<4>(w + k * 16 + 128 * i, h), h, table, scale, to + (k + 8 * i) * kRows);
                 }
-            memset(slice + size * kRows, 0, (end - size) * kRows * sizeof(Element));
-            const Stretch stretch = {0, k0, 0, end, false};
-            for (int i = 0; i < count; i++)
-                Engine::multiply(plain, 0, block, panels[i], &stretch, 1, slice, out + i * kWidth * kRows);
-        }
+        });
     }
 };
 

@@ -22,7 +22,7 @@ struct Problem {
     const void* x;           // [M, K] of dtype
     const uint8_t* codes;    // see kernels/cpu/layout.py
     const void* scale;       // a8w4: uint8 [N/32, K/G, 2, 32] (s2, then o as int8); weight only: float16 or float32 [N/32, K/G, 32];
-                             // fp4: uint8 [N/32, K/G, 32]
+                             // fp4: uint8 [N/32, K/G, 32]; dual: float16 or float32 [N/32, K/G, 2, 32]
     const uint8_t* zero;     // weight only: uint8 [N/32, K/G, 32], null when symmetric
     const float* row_scale;  // a8w4, w8a8, nvfp4: [N], where every layer but the last fills whole blocks
     const Output* outputs;   // [layers]
@@ -30,7 +30,7 @@ struct Problem {
     int64_t blocks;          // of all layers
     int64_t group;           // K itself when there is one group per row
     DType dtype;
-    bool scale_is_f32;       // weight only
+    bool scale_is_f32;       // weight only, dual
     int bits;                // weight only: 2, 3, 4 or 8
     bool scale_is_e8m0 = false;          // fp4: the block scale is 2^(byte - 127), else E4M3
     const uint8_t* kinds = nullptr;      // weight only, 4 bits: [N/32] exponent bits of the floats that codes are; null: integers
@@ -64,6 +64,7 @@ struct KernelTable {
     void (*w8a8)(const Problem&);
     void (*weight_only)(const Problem&);
     void (*fp4)(const Problem&);
+    void (*dual)(const Problem&);
     void (*rotate)(const Rotation&);
     void (*shift)(const Shift&);
 };
@@ -73,6 +74,7 @@ void portable_a8w4(const Problem&);
 void portable_w8a8(const Problem&);
 void portable_weight_only(const Problem&);
 void portable_fp4(const Problem&);
+void portable_dual(const Problem&);
 void portable_rotate(const Rotation&);
 void portable_shift(const Shift&);
 #if defined(__x86_64__)
@@ -80,18 +82,22 @@ void avx2_a8w4(const Problem&);
 void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
 void avx2_fp4(const Problem&);
+void avx2_dual(const Problem&);
 void avx2_rotate(const Rotation&);
 void avx2_shift(const Shift&);
 void avx512_a8w4(const Problem&);
 void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
 void avx512_fp4(const Problem&);
+void avx512_dual(const Problem&);
 void avx512_rotate(const Rotation&);
 void avx512_shift(const Shift&);
 void avx512bf16_weight_only(const Problem&);
 void avx512bf16_fp4(const Problem&);
+void avx512bf16_dual(const Problem&);
 void amx_a8w4(const Problem&);
 void amx_w8a8(const Problem&);
 void amx_weight_only(const Problem&);
 void amx_fp4(const Problem&);
+void amx_dual(const Problem&);
 #endif

@@ -1,5 +1,6 @@
-// The three kernels in plain C++ for any processor: codes of eight k are spread out to [8, 32 rows], then every loop
+// The kernels in plain C++ for any processor: codes of eight k are spread out to [8, 32 rows], then every loop
 // runs over rows with a constant bound, which compilers vectorize for whatever they target.
+#include "dual.h"
 #include "fp4.h"
 #include "weights.h"
 #include "rotation.h"
@@ -136,8 +137,43 @@ struct Fp4 : FloatPanels<4> {
     }
 };
 
+struct Dual : SubsetSums<1> {  // entry 1 of each table is the value itself
+    static constexpr int kWidth = 0;
+    static constexpr bool kPairs = false;
+
+    template <int MT, int B>
+    static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
+        const int64_t groups = p.k / p.group;
+        const uint8_t* w = Planes::at(p, block, 0);
+        const float* x = (const float*)panel.data;
+        for (int i = 0; i < MT * kRows; i++) out[i] = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            float part[2][MT][kRows] = {};
+            for (int64_t i = 0; i < Planes::units(p); i++, w += Planes::kUnitBytes) {
+                uint32_t word[kRows];
+                memcpy(word, w, sizeof word);
+                for (int k = 0; k < Planes::kUnit; k++, x += 2 * MT)
+                    for (int plane = 0; plane < 2; plane++) {
+                        float bit[kRows];
+                        for (int r = 0; r < kRows; r++) bit[r] = (float)(word[r] >> (16 * plane + k) & 1);
+                        for (int t = 0; t < MT; t++)
+                            for (int r = 0; r < kRows; r++) part[plane][t][r] += bit[r] * x[2 * t + 1];
+                    }
+            }
+            for (int plane = 0; plane < 2; plane++) {
+                float scale[kRows];
+                const int64_t size = p.scale_is_f32 ? 4 : 2;
+                to_float(scale, (const char*)p.scale + Planes::scale_at(p, block, g, plane) * size, kRows, p.scale_is_f32 ? kF32 : kF16);
+                for (int t = 0; t < MT; t++)
+                    for (int r = 0; r < kRows; r++) out[t * kRows + r] += scale[r] * part[plane][t][r];
+            }
+        }
+    }
+};
+
 }  // namespace
 
+void portable_dual(const Problem& p) { run<Dual>(p); }
 void portable_fp4(const Problem& p) { run<Fp4>(p); }
 void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
