@@ -80,7 +80,10 @@ setup(
     },
     ext_modules=[Extension("quant.kernels.cpu.csrc._lowbit_cpu", sources=[])],  # makes build_ext run; BuildKernels compiles
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
-    entry_points={"console_scripts": ["quantize = quant.cli:main"]},
+    entry_points={
+        "console_scripts": ["quantize = quant.cli:main"],
+        "vllm.general_plugins": ["lowbit = quant.serve.vllm:register"],  # found by a vLLM in the same environment
+    },
     install_requires=[
         "torch>=2.11,<2.15",  # tensors, compile, operators
         "transformers>=5.16,<5.24",  # model classes, tokenizers, the loader that serving users call
