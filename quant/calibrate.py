@@ -44,9 +44,15 @@ class Chain:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
     def run(self, block: nn.Module, index: int) -> Tensor:
-        """The block's output for one sample."""
-        args, kwargs = self.calls[index]
-        return first(block(self.hidden[index], *args, **kwargs))
+        """The block's output for one sample, in the dtype of its input."""
+        return self.output(block, index).to(self.hidden[index].dtype)
+
+    def output(self, block: nn.Module, index: int) -> Tensor:
+        """As `run`, in float32 where the block is."""
+        hidden, (args, kwargs) = self.hidden[index], self.calls[index]
+        if next(block.parameters()).dtype == torch.float32:
+            hidden, args, kwargs = hidden.float(), as_float32(args), as_float32(kwargs)
+        return first(block(hidden, *args, **kwargs))
 
 
 class Caught(Exception):
@@ -58,6 +64,15 @@ def first(output: Any) -> Tensor:
     tensor = output if isinstance(output, Tensor) else output[0]
     assert isinstance(tensor, Tensor)
     return tensor
+
+
+def as_float32(value: Any) -> Any:
+    """Floating tensors inside tuples, lists and dicts as float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(as_float32(v) for v in value)
+    return {k: as_float32(v) for k, v in value.items()} if type(value) is dict else value
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant.calibrate import Chain, Sample, advance, capture, catch, recapture
+from quant.calibrate import Chain, Sample, advance, as_float32, capture, catch, recapture
 from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
 from quant.kernels.activation import Activation
@@ -23,12 +24,13 @@ from quant.kernels.format import Codes, Fields
 from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
 from quant.models import Weights, require_finite
-from quant.passes.base import BasePass, Corrector, Quantizer, Transform
+from quant.passes.base import BasePass, BlockTuner, Corrector, Quantizer, Transform
 from quant.plan import Plan
 from quant.resources import compute_dtype, return_freed_memory
 from quant.search import output_error
 from quant.stats import InputStats
 from quant.targets import Target
+from quant.train.block import PackedBlock
 from quant.workspace import Workspace
 
 
@@ -58,12 +60,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One finished block. refused_folds: layer -> reason."""
+    """One finished block. refused_folds: layer -> reason. trained: what BlockTuners say; errors are before them."""
 
     name: str
     seconds: float
     layers: list[LayerReport]
     refused_folds: dict[str, str]
+    trained: list[dict[str, Any]] = field(default_factory=list)
 
 
 Listener = Callable[[int, int, BlockReport], None]  # blocks done, blocks in all, the block just finished
@@ -104,7 +107,11 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
     passes, weights = plan.recipe.build_passes(), plan.weights()
     total = sum(len(stack.blocks) for stack in plan.stacks)
     reports = [BlockReport(**r | {"layers": [LayerReport(**x) for x in r["layers"]]}) for r in work.reports]
-    kinds = ["quant", "float"] if any(isinstance(step, Corrector) and step.needs_float for step in passes) else ["quant"]
+    tuners = [step for step in passes if isinstance(step, BlockTuner)]
+    compared = tuners or any(isinstance(step, Corrector) and step.needs_float for step in passes)
+    kinds = ["quant", "float"] if compared else ["quant"]
+    for tuner in tuners if len(reports) < total else []:
+        tuner.prepare(plan, samples, work.folder, device)
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside)]
     first_block = 0
@@ -123,7 +130,7 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
                     chain.hidden = work.chain(kind)
             for name in stack.blocks[len(reports) - first_block :]:
                 torch.manual_seed(plan.recipe.seed + len(reports))
-                report, fields = run_block(plan, name, chains, samples, passes, weights, device)
+                report, fields = run_block(plan, name, chains, samples, passes, weights, device, work.folder)
                 reports.append(report)
                 hidden = {kind: chain.hidden for kind, chain in chains.items()}
                 work.commit(asdict(report), fields, hidden, name == stack.blocks[-1])
@@ -142,8 +149,12 @@ def run_block(
     passes: list[BasePass],
     weights: Weights,
     device: torch.device,
+    folder: Path,
 ) -> tuple[BlockReport, Fields]:
-    """Quantize one block; its chains are moved past it. Returns its report and its tensors by name on disk."""
+    """Quantize one block; its chains are moved past it. Returns its report and its tensors by name on disk.
+
+    folder: where a BlockTuner has put what it measured on the float model.
+    """
     began = time.monotonic()
     block = copy.deepcopy(plan.model.get_submodule(name))
     params = [n for n, _ in block.named_parameters()]
@@ -186,12 +197,21 @@ def run_block(
         seen = recapture(name, running, readers, chains["quant"], samples)
         del running
         shares = [(group, members, seen.get(members[0].name, stats)) for group, members, stats in shares]
+    packed_block = PackedBlock(name, block, chains["quant"], chains["float"].hidden if "float" in chains else [], samples)
+    tuners = [step for step in passes if isinstance(step, BlockTuner)]
     for group, members, stats in shares:
         for target, packed, report in quantize_members(view, group, members, stats, passes):
             layers.append(report)
-            install(block, target, packed, name)
-            disk = plan.layer_on_disk(target.name)
-            fields |= {f"{disk}.{key}": value.cpu() for key, value in packed.items()}
+            old = view.linear(target.name).weight.detach()
+            packed_block.layers[target.name] = install(block, target, packed, name)
+            if tuners:
+                packed_block.weights[target.name] = by_matrix(old, target.activation.rotate)
+    trained = [tuner.tune(packed_block, folder) for tuner in tuners]
+    view.changed |= packed_block.changed
+    for layer_name, layer in packed_block.layers.items():
+        disk = plan.layer_on_disk(layer_name)
+        fields |= {f"{disk}.{key}": value.cpu() for key, value in layer.fields().items()}
+        layer.unpack()  # for one pass over the data; not worth a copy in huge pages, whose chunks would outlive the block
     created = {f"{t.name}.bias": f"{plan.layer_on_disk(t.name)}.bias" for t in targets.values() if t.new_bias}
     for param in sorted((view.changed | created.keys()) - {f"{t}.weight" for t in targets}):
         value = view.block.get_parameter(param.removeprefix(f"{name}."))
@@ -200,7 +220,7 @@ def run_block(
         else:
             fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
     advance(block.to(compute_dtype(device)), chains["quant"])
-    return BlockReport(name, time.monotonic() - began, layers, refused), fields
+    return BlockReport(name, time.monotonic() - began, layers, refused, trained), fields
 
 
 def quantize_members(
@@ -271,8 +291,8 @@ def same_scheme(group: InputGroup, targets: dict[str, Target]) -> list[list[Targ
     return list(found.values())
 
 
-def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None:
-    """Replace a float linear of the block by its packed form."""
+def install(block: nn.Module, target: Target, packed: Fields, name: str) -> PackedLinear:
+    """Replace a float linear of the block by its packed form, which is returned."""
     parent, _, leaf = target.name.removeprefix(f"{name}.").rpartition(".")
     owner = block.get_submodule(parent)
     old = getattr(owner, leaf)
@@ -284,8 +304,8 @@ def install(block: nn.Module, target: Target, packed: Fields, name: str) -> None
             f"{target.name} has weights up to {float(old.weight.abs().max()):.3g}, which {target.format.name} cannot hold; "
             f"leave it in float with the rule {{match: {target.name}, skip: true}}"
         ) from error
-    layer.unpack()  # for one pass over the data; not worth a copy in huge pages either, whose chunks would outlive the block
     setattr(owner, leaf, layer)
+    return layer
 
 
 def round_embedding(plan: Plan, work: Workspace) -> None:
@@ -302,15 +322,6 @@ def run_float32(block: nn.Module, chain: Chain) -> Tensor:
     """The float32 block's output on the chain's first sample."""
     single = Chain([chain.hidden[0].float()], [as_float32(chain.calls[0])])
     return single.run(block, 0)
-
-
-def as_float32(value: Any) -> Any:
-    """Floating tensors inside tuples, lists and dicts as float32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(as_float32(v) for v in value)
-    return {k: as_float32(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def materialize(

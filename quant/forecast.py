@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quant.passes.base import BlockTuner
 from quant.plan import Plan
 from quant.resources import compute_dtype, memory_bytes
 
@@ -29,9 +30,17 @@ def peak_memory_bytes(plan: Plan) -> int:
     block_bytes = max(blocks) * (4 + compute) + grams + 4 * widest * widest * 8 + 6 * tallest * 4
     # tensors outside the blocks as read, as converted, and as checked for finiteness
     outside = 3 * outer * compute + int(model.config.vocab_size) * TOKENIZER_BYTES
+    tuned = any(isinstance(step, BlockTuner) for step in plan.recipe.build_passes())
+    block_bytes = max(block_bytes, block_training_bytes(plan, max(blocks))) if tuned else block_bytes
     passes: int = outside + block_bytes + 3 * hidden
     total: int = memory_bytes() + LIBRARY_BYTES + max(passes, training_bytes(plan) if plan.recipe.tuners() else 0)
     return total
+
+
+def block_training_bytes(plan: Plan, weights: int) -> int:
+    """Of a block in training: its weights with latents, gradients and the best so far, and one sample's activations."""
+    inner = sum(t.k + t.n for t in plan.targets.values()) // sum(len(stack.blocks) for stack in plan.stacks)
+    return 40 * weights + plan.recipe.calibration.length * 4 * 3 * inner
 
 
 def training_bytes(plan: Plan) -> int:

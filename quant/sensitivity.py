@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.calibrate import Chain, Sample, catch, first, forwards, mask_for
+from quant.calibrate import Chain, Sample, catch, forwards, mask_for
 from quant.compile import materialize, release
 from quant.plan import Plan
 from quant.resources import compute_dtype
@@ -55,13 +55,47 @@ Progress = Callable[[int, int], None]  # blocks done, of how many
 
 
 def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: Progress) -> Iterator[dict[str, Feeling]]:
-    """The targets of each block, last block first. Holds the hidden states of `samples` at every block, and one block."""
+    """The targets of each block, last block first."""
+    for step in steps_back(plan, samples, device):
+        yield feel(plan, step, samples)
+        progress(step.done, sum(len(stack.blocks) for stack in plan.stacks))
+
+
+@dataclass
+class StepBack:
+    """One block of a backward pass. chain: its inputs. scored: predictions in all samples. done: blocks, this one included.
+
+    grads [B, L, H] of the block's output, by sample; `propagate` replaces them by those of its input.
+    """
+
+    name: str
+    block: nn.Module
+    chain: Chain
+    grads: list[Tensor]
+    scored: int
+    done: int
+
+    def propagate(self, index: int) -> None:
+        """Take one sample's gradient through the block; whatever in it requires gradients gets them added."""
+        with torch.enable_grad():
+            hidden = self.chain.hidden[index].detach().requires_grad_()
+            out = Chain([hidden], [self.chain.calls[index]]).run(self.block, 0)
+            # what leads from an earlier stack to this one is shared by all blocks, hence kept
+            torch.autograd.backward(out, self.grads[index].to(out.dtype), retain_graph=True)
+        assert hidden.grad is not None
+        self.grads[index] = hidden.grad
+
+
+def steps_back(plan: Plan, samples: list[Sample], device: torch.device) -> Iterator[StepBack]:
+    """Every block, last block first; the consumer must `propagate` each sample before it takes the next block.
+
+    Holds the hidden states of `samples` at every block, and one block.
+    """
     weights = plan.weights()
     inside = tuple(f"{block}." for stack in plan.stacks for block in stack.blocks)
     outer = [n for n, _ in plan.model.named_parameters() if not n.startswith(inside) and n in plan.disk]
     materialize(plan.model, outer, "", weights, plan.disk, compute_dtype(device), device)
     outer += tie(plan.model)
-    total = sum(len(stack.blocks) for stack in plan.stacks)
     chains: list[Chain] = []
     states: list[list[list[Tensor]]] = []  # stack, block, sample
     finals: list[list[Tensor]] = []
@@ -83,9 +117,8 @@ def feelings(plan: Plan, samples: list[Sample], device: torch.device, progress: 
         for position in reversed(range(len(plan.stacks[at].blocks))):
             name = plan.stacks[at].blocks[position]
             block = loaded(plan, name, device)
-            yield backward(plan, name, block, Chain(states[at].pop(), chains[at].calls), grads, samples, scored)
             done += 1
-            progress(done, total)
+            yield StepBack(name, block, Chain(states[at].pop(), chains[at].calls), grads, scored, done)
 
 
 def tie(model: Any) -> list[str]:
@@ -137,13 +170,9 @@ def score(plan: Plan, sample: Sample, finals: list[Tensor], seed: int) -> int:
     return len(drawn)
 
 
-def backward(
-    plan: Plan, name: str, block: nn.Module, chain: Chain, grads: list[Tensor], samples: list[Sample], scored: int
-) -> dict[str, Feeling]:
-    """What the targets of one block feel; experts that no token reached are left out.
-
-    grads [B, L, H] of the block's output, by sample, are replaced by those of its input. scored: predictions in all samples.
-    """
+def feel(plan: Plan, step: StepBack, samples: list[Sample]) -> dict[str, Feeling]:
+    """What the targets of one block feel; experts that no token reached are left out."""
+    name, block = step.name, step.block
     targets = [target for target in plan.targets if target.startswith(f"{name}.")]
     grams: dict[str, Tensor] = {}
     felts: dict[str, Tensor] = {}
@@ -180,21 +209,15 @@ def backward(
         inputs.clear()
         handles = [block.get_submodule(t.removeprefix(f"{name}.")).register_forward_hook(watch(t, sample)) for t in targets]
         try:
-            with torch.enable_grad():
-                hidden = chain.hidden[index].detach().requires_grad_()
-                out = first(block(hidden, *chain.calls[index][0], **chain.calls[index][1]))
-                # what leads from an earlier stack to this one is shared by all blocks, hence kept
-                torch.autograd.backward(out, grads[index].to(out.dtype), retain_graph=True)
+            step.propagate(index)
         finally:
             for handle in handles:
                 handle.remove()
-        assert hidden.grad is not None
-        grads[index] = hidden.grad
     found = {}
     for target in fishers:
         weight = block.get_submodule(target.removeprefix(f"{name}.")).weight
         assert isinstance(weight, Tensor)
         coherence = together[target] / max(apart[target], 1e-30)
         gram, felt = grams[sources[target]] / counts[target], felts[target] / fishers[target].sum().clamp_min(1e-30)
-        found[target] = Feeling(weight.detach().float(), gram, felt, coherence * fishers[target] / scored)
+        found[target] = Feeling(weight.detach().float(), gram, felt, coherence * fishers[target] / step.scored)
     return found

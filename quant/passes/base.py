@@ -2,7 +2,8 @@
 
 A Refiner chooses formats before the run. A Transform changes weights but not the float output of a block. A Corrector
 changes what the quantizer aims at. A Quantizer turns weight and statistics into Codes and never does worse than
-round-to-nearest on the error it minimizes. A Tuner trains the packed model when all blocks are done.
+round-to-nearest on the error it minimizes. A BlockTuner trains a packed block before the next one is quantized, and never
+ends with a greater loss on held-out samples than it began with. A Tuner trains the packed model when all blocks are done.
 A pass is one file here, named as in the recipe, holding a class `Pass`; its options are its pydantic fields.
 """
 
@@ -26,9 +27,11 @@ from quant.search import shrunk
 from quant.stats import ROWS_KEPT, InputStats
 
 if TYPE_CHECKING:
+    from quant.calibrate import Sample
     from quant.folds import BlockView
     from quant.plan import Plan
     from quant.targets import Target
+    from quant.train.block import PackedBlock
 
 
 class BasePass(BaseModel):
@@ -104,6 +107,20 @@ class Refiner(BasePass, ABC):
         families: targets that serving stacks fuse, which must get one format; what a rule fixes is not among them.
         read: layer name -> its float32 weight [N, K], rotated as its activation rule asks, read from disk at each call.
         """
+
+
+class BlockTuner(BasePass, ABC):
+    """Changes numbers of a packed block, never names, shapes or dtypes, while its inputs and the float outputs are at hand."""
+
+    def prepare(self, plan: Plan, samples: list[Sample], folder: Path, device: torch.device) -> None:
+        """Measure on the float model, before the first block, what `tune` wants to read from `folder`.
+
+        Called again when a killed run goes on; the folder then holds what was written before.
+        """
+
+    @abstractmethod
+    def tune(self, block: PackedBlock, folder: Path) -> dict[str, Any]:
+        """Train `block` in place; returns what report.json says of it."""
 
 
 Tell = Callable[[int, int, float], None]  # training steps done, of how many, and the loss

@@ -27,9 +27,8 @@ from quant.calibrate import Sample
 from quant.passes.base import Tell
 from quant.resources import compute_dtype
 from quant.train.folder import Student
+from quant.train.schedule import BETAS, EPSILON, share_of_rate, vector_rate
 
-WARM = 0.05  # share of the steps over which rates rise
-BETAS = (0.9, 0.95)
 ENTROPY_FLOOR = 1e-6  # nats: no power of an entropy of 0
 
 
@@ -95,16 +94,10 @@ def optimizer_of(student: Student, rates: Rates) -> torch.optim.Adam:
     ]
     vectors = [*student.others.values(), *(layer.bias for layer in student.layers.values() if layer.bias is not None)]
     if rates.vectors:
-        groups += [{"params": [v], "lr": rates.vectors * max(float(v.detach().abs().mean()), 1e-3)} for v in vectors]
+        groups += [{"params": [v], "lr": vector_rate(v, rates.vectors)} for v in vectors]
     for group in groups:
         group["top"] = group["lr"]
-    return torch.optim.Adam(groups, betas=BETAS, eps=1e-12)
-
-
-def share_of_rate(step: int, steps: int) -> float:
-    """A short rise, then a cosine down to 0."""
-    rise = min(1.0, (step + 1) / max(1.0, WARM * steps))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
 
 
 def train(

@@ -40,7 +40,9 @@ def test_every_file_is_a_pass_of_one_kind_and_refuses_unknown_options() -> None:
     assert set(base.names()) >= {"dgq", "fp4", "gptq", "qep", "qoq", "rtn", "smooth"}
     for name in base.names():
         cls = base.find(name)
-        kinds = sum(issubclass(cls, kind) for kind in (base.Transform, base.Corrector, base.Quantizer, base.Tuner))
+        kinds = sum(
+            issubclass(cls, kind) for kind in (base.Transform, base.Corrector, base.Quantizer, base.BlockTuner, base.Tuner)
+        )
         assert kinds == 1 or (kinds == 0 and issubclass(cls, base.Refiner)), name
         with pytest.raises(ValueError, match="nonsense"):
             cls(nonsense=1)

@@ -14,7 +14,8 @@ import quant
 from quant.calibrate import Sample
 from quant.models import index, read_header
 from quant.passes.distill import Pass
-from quant.train.distill import deviation_weights, divergence, share_of_rate
+from quant.train.distill import deviation_weights, divergence
+from quant.train.schedule import share_of_rate
 
 OPTIONS = {"steps": 12, "windows": 2, "held": 2, "scales": 0.01, "vectors": 0.003, "codes": 0.06, "save_every": 4}
 

@@ -1,0 +1,52 @@
+"""Block-wise reconstruction of a packed block from its float outputs (quant/train/block.py), after its quantizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field
+
+from quant.passes.base import BlockTuner
+
+if TYPE_CHECKING:
+    from quant.train.block import PackedBlock, Penalty
+
+
+class Pass(BlockTuner):
+    """steps of `windows` samples each. codes, scales, vectors: rates, see train.block.Rates; 0 leaves its kind alone.
+
+    same: weight of the term on equal inputs. held, looks, patience: see train.block.Schedule.
+    """
+
+    steps: int = Field(96, ge=1)
+    windows: int = Field(1, ge=1)
+    codes: float = Field(0.02, ge=0)
+    scales: float = Field(5e-3, ge=0)
+    vectors: float = Field(1e-3, ge=0)
+    same: float = Field(0.0, ge=0)
+    held: int = Field(6, ge=1)
+    looks: int = Field(2, ge=1)
+    patience: int = Field(2, ge=1)
+
+    def penalty(self, block: PackedBlock, folder: Path) -> Penalty | None:
+        """A further term of the loss."""
+        return None
+
+    def tune(self, block: PackedBlock, folder: Path) -> dict[str, Any]:
+        from quant.train.block import Rates, Reconstruction, Schedule
+
+        rates = Rates(codes=self.codes, scales=self.scales, vectors=self.vectors)
+        schedule = Schedule(
+            steps=self.steps,
+            windows=self.windows,
+            held=self.held,
+            looks=self.looks,
+            patience=self.patience,
+            seed=torch.initial_seed(),  # of this block, however the run got to it
+        )
+        training = Reconstruction(block, rates, self.same)
+        outcome = training.fit(schedule, self.penalty(block, folder))
+        training.finish()
+        return {"held_out_error": outcome.held, "codes_changed": outcome.codes, "steps_skipped": outcome.skipped}

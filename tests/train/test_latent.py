@@ -1,0 +1,90 @@
+"""Latent weights: exact at the start, gradients straight through, codes that follow, ends that hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.kernels.activations.none import Unquantized
+from quant.kernels.format import Format
+from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
+from quant.kernels.formats.int4_dual import Int4Dual
+from quant.kernels.formats.int_group import IntGroup
+from quant.linear import PackedLinear
+from quant.train.latent import Latent
+
+N, K = 12, 64
+FORMATS: list[Format] = [
+    *(IntGroup(bits=bits, group=32, symmetric=symmetric) for bits in (2, 3, 4) for symmetric in (True, False)),
+    Int4Dual(group=32),
+    Fp4Block(kind="mxfp4"),
+    Fp4Block(kind="nvfp4"),
+    FpChannel(bits=4, group=32),
+]
+formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: "-".join(map(str, fmt.config().values())))
+
+
+def made(fmt: Format) -> Latent:
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.05
+    layer = Latent(PackedLinear.from_fields(fmt.pack(fmt.nearest(weight)), fmt, Unquantized(), N, K, None))
+    layer.refresh(torch.float32)
+    return layer
+
+
+def gradient() -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(1))
+
+
+@formats
+def test_rounding_gives_the_packed_weight_at_first(fmt: Format) -> None:
+    layer = made(fmt)
+    before, stored = layer.weight(layer.codes).detach(), layer.fields()
+    layer.hold()
+    layer.refresh(torch.float32)
+    assert torch.equal(layer.dense.detach(), before)
+    assert all(torch.equal(layer.fields()[name].view(torch.uint8), stored[name].view(torch.uint8)) for name in stored)
+
+
+@formats
+def test_a_latent_gets_the_gradient_of_its_weight_in_steps(fmt: Format) -> None:
+    layer = made(fmt)
+    layer.dense.grad = gradient()
+    layer.collect()
+    assert torch.allclose(layer.steps.grad, gradient() * layer.spread(fmt.steps(layer.start)))
+
+
+@formats
+def test_codes_are_those_nearest_to_the_latents_and_scales_alone_move_none(fmt: Format) -> None:
+    layer = made(fmt)
+    layer.steps.data -= gradient()
+    layer.hold()
+    layer.refresh(torch.float32)
+    moved = layer.codes.clone()
+    assert 0 < float((moved != made(fmt).codes).float().mean()) < 1
+    params = layer.params()
+    step = fmt.steps(params).repeat_interleave(K // fmt.steps(params).shape[1], 1)
+    assert torch.equal(moved, fmt.project(layer.steps.detach() * step, params))
+    if isinstance(fmt, IntGroup):
+        with torch.no_grad():
+            for theta in layer.theta.values():
+                theta += 0.03
+        layer.refresh(torch.float32)
+        assert torch.equal(layer.codes, moved)
+
+
+@formats
+def test_an_end_is_held_and_left_again_by_half_a_gap(fmt: Format) -> None:
+    layer = made(fmt)
+    layer.steps.data += 1000.0
+    layer.hold()
+    layer.refresh(torch.float32)
+    top = layer.codes.clone()
+    assert torch.allclose(layer.dense.detach() / layer.steps.detach(), layer.spread(fmt.steps(layer.params())))
+    gap = {"fp4_block": 2.0, "fp_channel": 2.0}.get(fmt.name, 1.0)
+    layer.steps.data -= 0.49 * gap
+    layer.refresh(torch.float32)
+    assert torch.equal(layer.codes, top)
+    layer.steps.data -= 0.02 * gap
+    layer.refresh(torch.float32)
+    assert not (layer.codes == top).any()
