@@ -50,7 +50,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[byte
         try:
             end = time.monotonic() + START_SECONDS
             while not alive(port):
-                assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
+                assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < end, "the server did not come up"
                 time.sleep(1)
             yield process, port
