@@ -251,7 +251,8 @@ def test_a_nan_token_stays_visible() -> None:
     x[1, 5] = float("nan")
     for kernel, prepared, spec in problems():
         y = kernel.matmul(x, prepared, None, spec)
-        assert y[1].isnan().all()
+        skips = spec.format.name == "binary_dual"  # adds a token only where a bit is set
+        assert y[1].isnan().any() if skips else y[1].isnan().all()
         assert y[[0, 2]].isfinite().all()
 
 
