@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quant.calibrate import Chain, Sample, advance, as_float32, capture, catch, recapture
+from quant.calibrate import Chain, Sample, advance, capture, catch, recapture
 from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
 from quant.kernels.activation import Activation
@@ -175,7 +175,7 @@ def run_block(
         name,
         block,
         groups,
-        run=lambda: run_float32(block, chains["quant"]),
+        run=lambda: chains["quant"].output(block, 0),
         stored_dtype=lambda param: weights.dtype(plan.disk[param]),
         schemes={n: (t.format, t.activation) for n, t in targets.items()},
     )
@@ -316,12 +316,6 @@ def round_embedding(plan: Plan, work: Workspace) -> None:
     layer = plan.layer_on_disk(target.name)
     fields = {name.removeprefix(f"{layer}."): value for name, value in work.table().items()}
     fill_table(plan.model.get_parameter(f"{target.name}.weight").data, fields, target.format)
-
-
-def run_float32(block: nn.Module, chain: Chain) -> Tensor:
-    """The float32 block's output on the chain's first sample."""
-    single = Chain([chain.hidden[0].float()], [as_float32(chain.calls[0])])
-    return single.run(block, 0)
 
 
 def materialize(

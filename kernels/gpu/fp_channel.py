@@ -32,19 +32,7 @@ SHIFT = 7  # less than where float16 has the lowest bit of a code with e exponen
 
 
 def layer_of(n: int, k: int, group: int, x: torch.dtype, bias: Tensor | None, token_scale: bool) -> Layer:
-    blocking = POLICY.blocking(group)
-    assert blocking is not None, f"groups of {group} have no blocking"
-    return Layer(
-        policy=POLICY.name,
-        n=n,
-        k=k,
-        slice=blocking[0],
-        groups=blocking[1],
-        per_row=group == -1,
-        x=launch.dtype_name(x),
-        bias=None if bias is None else launch.dtype_name(bias.dtype),
-        token_scale=token_scale,
-    )
+    return launch.grouped_layer(POLICY, n, k, group, x, bias, token_scale)
 
 
 def folded(exponents: Tensor) -> Tensor:

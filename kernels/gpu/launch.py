@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.gpu import deployed
-from quant.kernels.gpu.layout import POLICIES
+from quant.kernels.gpu.layout import POLICIES, Policy
 from quant.kernels.gpu.plan import Layer, plan
 from quant.kernels.gpu.program import jit, run
 from quant.kernels.gpu.tiles import table_arch
@@ -28,6 +28,25 @@ def device_facts(index: int) -> tuple[int, int]:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def grouped_layer(
+    policy: Policy, n: int, k: int, group: int, x: torch.dtype, bias: Tensor | None, token_scale: bool = False
+) -> Layer:
+    """The layer of weights in groups of `group` along K (-1: one a row) times float tokens of dtype x."""
+    blocking = policy.blocking(group)
+    assert blocking is not None, f"{policy.name} has no blocking for groups of {group}"
+    return Layer(
+        policy=policy.name,
+        n=n,
+        k=k,
+        slice=blocking[0],
+        groups=blocking[1],
+        per_row=group == -1,
+        x=dtype_name(x),
+        bias=None if bias is None else dtype_name(bias.dtype),
+        token_scale=token_scale,
+    )
 
 
 def matmul(

@@ -39,18 +39,7 @@ def policy_of(bits: int) -> Policy:
 
 
 def layer_of(n: int, k: int, bits: int, group: int, x: torch.dtype, bias: Tensor | None) -> Layer:
-    blocking = policy_of(bits).blocking(group)
-    assert blocking is not None, f"{bits}-bit codes in groups of {group} have no blocking"
-    return Layer(
-        policy=f"int{bits}",
-        n=n,
-        k=k,
-        slice=blocking[0],
-        groups=blocking[1],
-        per_row=group == -1,
-        x=launch.dtype_name(x),
-        bias=None if bias is None else launch.dtype_name(bias.dtype),
-    )
+    return launch.grouped_layer(policy_of(bits), n, k, group, x, bias)
 
 
 def to_device_layout(fields: Mapping[str, Tensor], fmt: IntGroup, n: int, k: int) -> Prepared:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant.calibrate import Sample
+from quant.calibrate import Sample, as_float32
 from quant.passes.base import Tell
 from quant.resources import compute_dtype
 from quant.train.folder import Student
@@ -67,17 +67,12 @@ def divergence(teacher: Any, student: Any, sample: Sample, lam: float = 0.0, gam
     with torch.no_grad():
         wanted = torch.log_softmax(teacher(**sample.inputs, use_cache=False).logits.float(), -1)
     with torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16):
-        logits = student(**as_float(sample.inputs), use_cache=False).logits
+        logits = student(**as_float32(sample.inputs), use_cache=False).logits
     found = torch.nn.functional.kl_div(torch.log_softmax(logits.float(), -1), wanted, reduction="none", log_target=True).sum(-1)
     weights = sample.masks.get(found.shape[1], torch.ones_like(found))
     if lam and gamma:
         found = found * deviation_weights(wanted, weights, lam, gamma)
     return (found * weights).sum() / weights.sum()
-
-
-def as_float(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Features as float32, which the student computes in outside of its matrices."""
-    return {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 @torch.no_grad()
