@@ -35,7 +35,7 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-# vLLM pins another transformers, so it has an environment of its own. The CPU build: 4 minutes and 3.5 GB to install.
+# vLLM pins another transformers, so it has an environment of its own. The CPU build: 4 minutes and 3.5 GB to install, then 3 minutes of tests.
 # torchvision and its kin come as CUDA builds, which break imports beside a CPU torch.
 $(VLLM)/ready: setup.py
 	$(PYTHON) -m venv $(VLLM)

@@ -10,7 +10,7 @@ config.json does the rest, no option is needed. On a CPU:
 The last option makes vLLM notice missing tensors of layers in float; those of packed layers are always noticed. Several ranks
 on one machine: `--tensor-parallel-size 2`, on CPUs with VLLM_CPU_OMP_THREADS_BIND="0-3|4-7" (the cores of each rank).
 Several machines: start Ray on all of them and add `--distributed-executor-backend ray`, or run the same command on each with
-`--nnodes 2 --node-rank R --master-addr HOST`; lowbit must be installed on every one. Neither was run by us so far. A rank gets
+`--nnodes 2 --node-rank R --master-addr HOST`; lowbit must be installed on every one. We have run neither. A rank gets
 K / ranks channels of `o_proj` and `down_proj`, which whole groups and rotation blocks must fill: where they do not, the error
 says how many ranks do.
 
