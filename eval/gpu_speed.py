@@ -1,15 +1,16 @@
-"""How fast the GPU kernels are beside torch's bfloat16 matmul, timed on the GPU present: `python -m quant.eval.gpu_speed`.
+"""How fast the GPU kernels are beside torch's own, timed on the GPU present: `python -m quant.eval.gpu_speed`.
 
 Off by default: nothing calls it. Each call takes the next of enough copies of the weight to exceed the L2 cache, all candidates
-take turns, times are medians of CUDA events around a burst of calls. As of this version no GPU has run it, so the project
-states no GPU time: what other pages say about GPUs is counted in machine code or predicted by a model.
+take turns, times are medians of CUDA events around replays of a graph of 20 calls, as serving engines launch their kernels.
+Times of our kernels include the quantization of the tokens.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,36 @@ from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Format
+from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.gpu.clock import Call, captured, elapsed_us, taking_turns
+from quant.kernels.gpu.layers import layer_of
+from quant.kernels.gpu.plan import Layer
+from quant.kernels.gpu.warm import compile_all, steps_of
 
 TOKENS = (1, 16, 64, 512, 2048)
-ROUNDS, BURST, WARM = 20, 20, 3
+BURST = 20
 L2_TIMES = 3  # the copies of a weight together exceed the L2 cache so many times
 RIVAL = "torch bf16"
-Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed: `at` gives a function of the weight's tensors for tokens [M, K]; the copies; the kernel's name."""
+
+    at: Callable[[Tensor], Callable[..., object]]
+    copies: list[tuple[Tensor, ...]]
+    kernel: str
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(t.nbytes for t in self.copies[0])
+
+    def call(self, x: Tensor) -> Call:
+        """Multiplies by the next copy."""
+        return rotating(self.at(x), self.copies)
 
 
 def formats() -> list[tuple[Format, Activation]]:
@@ -42,7 +65,9 @@ def formats() -> list[tuple[Format, Activation]]:
         (Int4Dual(group=128), Int8Token()),
         (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
     ]
-    return [*problems, *((IntGroup(bits=bits, group=128, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2))]
+    problems += [(IntGroup(bits=bits, group=128, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)]
+    problems += [(Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")]
+    return [*problems, (FpChannel(group=128), Unquantized())]
 
 
 def copies(tensors: tuple[Tensor, ...], cache_bytes: int) -> list[tuple[Tensor, ...]]:
@@ -51,51 +76,69 @@ def copies(tensors: tuple[Tensor, ...], cache_bytes: int) -> list[tuple[Tensor, 
     return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(L2_TIMES * cache_bytes // size))]
 
 
-def candidates(m: int, n: int, k: int, device: str, cache_bytes: int) -> dict[str, tuple[Call, int, str]]:
-    """Name -> (call, bytes of weight that it reads, kernel)."""
-    x = torch.randn(m, k).bfloat16().to(device)
-    dense = torch.randn(n, k).bfloat16().to(device)
-    out: dict[str, tuple[Call, int, str]] = {}
-    matmul = rotating(lambda w: torch.nn.functional.linear(x, w), copies((dense,), cache_bytes))
-    out[RIVAL] = matmul, dense.nbytes, "torch"
+def ours(n: int, k: int, device: str, cache_bytes: int) -> Iterator[tuple[str, Candidate]]:
+    """(name, candidate) of every format of `formats`. Raises ValueError where no kernel takes one."""
     for fmt, activation in formats():
-        spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device=torch.device(device).type)
+        spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device=device)
         kernel, refusals = dispatch.choose(spec)
         if kernel.name == "reference":
             raise ValueError(f"no kernel to time for {fmt}: {'; '.join(f'{name} {why}' for name, why in refusals.items())}")
-        prepared = kernel.prepare({name: t.to(device) for name, t in random_fields(fmt, n, k).items()}, spec)
+        with torch.device(device):
+            prepared = kernel.prepare(random_fields(fmt, n, k), spec)
 
-        def call(*tensors: Tensor, kernel: dispatch.Kernel = kernel, spec: MatmulSpec = spec) -> Tensor:
-            return kernel.matmul(x, tensors, None, spec)
+        def at(x: Tensor, kernel: dispatch.Kernel = kernel, spec: MatmulSpec = spec) -> Callable[..., Tensor]:
+            return lambda *tensors: kernel.matmul(x, tensors, None, spec)
 
-        size = sum(t.nbytes for t in prepared)
-        out[label(fmt, activation)] = rotating(call, copies(prepared, cache_bytes)), size, kernel.name
-    return out
-
-
-def measure(calls: dict[str, Call], burst_us: Callable[[Call], float]) -> dict[str, float]:
-    """Median microseconds of each call; all take turns, the first rounds do not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + WARM):
-        for name, call in calls.items():
-            taken = burst_us(call)
-            if turn >= WARM:
-                times[name].append(taken)
-    return {name: statistics.median(values) for name, values in times.items()}
+        yield label(fmt, activation), Candidate(at, copies(prepared, cache_bytes), kernel.name)
 
 
-def cuda_burst_us(call: Call) -> float:
-    """Microseconds per call of one burst, between two events on the stream."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    for _ in range(BURST):
-        call()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) * 1e3 / BURST
+def rivals(n: int, k: int, device: str, cache_bytes: int) -> Iterator[tuple[str, Candidate]]:
+    """(name, candidate) of torch's own: dense, and on a GPU int4 (tinygemm, group 128), int8 and FP8, whose tokens are
+    quantized already and whose outputs are raw int32 and bfloat16."""
+    dense = torch.randn(n, k, device=device).bfloat16()
+    yield RIVAL, Candidate(lambda x: partial(torch.nn.functional.linear, x), copies((dense,), cache_bytes), "torch")
+    if device == "cpu":
+        return
+    packed = torch.ops.aten._convert_weight_to_int4pack(torch.randint(0, 256, (n, k // 2), device=device).to(torch.uint8), 8)
+    scales = torch.rand(k // 128, n, 2, device=device).bfloat16()
+    int4 = torch.ops.aten._weight_int4pack_mm
+    yield "torch int4", Candidate(lambda x: lambda w, s: int4(x, w, 128, s), copies((packed, scales), cache_bytes), "torch")
+    codes = torch.randint(-127, 128, (n, k), device=device).to(torch.int8)
+    yield "torch int8", Candidate(int8_at, copies((codes,), cache_bytes), "torch")
+    if torch.cuda.get_device_capability() >= (8, 9):
+        yield "torch fp8", Candidate(fp8_at, copies((dense.to(torch.float8_e4m3fn),), cache_bytes), "torch")
 
 
-def rows_of(m: int, n: int, k: int, timed: dict[str, float], found: dict[str, tuple[Call, int, str]]) -> list[dict[str, Any]]:
+def warm(n: int, k: int) -> None:
+    """Compile what `ours` launches."""
+    specs = [MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda") for fmt, activation in formats()]
+    layers = [layer_of(spec, torch.bfloat16, None) for spec in specs]
+    compile_all(steps_of(layer for layer in layers if isinstance(layer, Layer)))
+
+
+def int8_at(x: Tensor) -> Callable[..., Tensor]:
+    """cuBLAS takes 17 tokens or more: fewer are padded."""
+    codes = torch.randint(-127, 128, (max(len(x), 32), x.shape[1]), device=x.device).to(torch.int8)
+    return lambda w: torch._int_mm(codes, w.t())
+
+
+def fp8_at(x: Tensor) -> Callable[..., Tensor]:
+    one, codes = torch.ones((), device=x.device), x.to(torch.float8_e4m3fn)
+    return lambda w: torch._scaled_mm(codes, w.t(), one, one, out_dtype=torch.bfloat16)
+
+
+def candidates(n: int, k: int, device: str, cache_bytes: int) -> dict[str, Candidate]:
+    """Name -> candidate, torch's own first."""
+    return dict([*rivals(n, k, device, cache_bytes), *ours(n, k, device, cache_bytes)])
+
+
+def graph_us(call: Call) -> Callable[[], float]:
+    """A function that replays a burst of the calls and returns microseconds per call."""
+    graph = captured([call] * BURST)
+    return lambda: elapsed_us(graph.replay) / BURST
+
+
+def rows_of(m: int, n: int, k: int, timed: dict[str, float], found: dict[str, Candidate]) -> list[dict[str, Any]]:
     """One plain row per candidate."""
     return [
         {
@@ -103,9 +146,9 @@ def rows_of(m: int, n: int, k: int, timed: dict[str, float], found: dict[str, tu
             "n": n,
             "k": k,
             "format": name,
-            "kernel": found[name][2],
+            "kernel": found[name].kernel,
             "us": us,
-            "weight_gb_s": found[name][1] / us / 1e3,
+            "weight_gb_s": found[name].weight_bytes / us / 1e3,
             "tops": 2e-6 * m * n * k / us,
             "speed_vs_bf16": timed[RIVAL] / us,
         }
@@ -128,17 +171,19 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 @click.option("--k", type=int, default=8192, show_default=True, help="In features; a multiple of 128.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=None, help="Also write the rows to this file.")
 def main(tokens: tuple[int, ...], n: int, k: int, file: Path | None) -> None:
-    """Times every GPU kernel beside torch's bfloat16 matmul on the GPU that is present."""
+    """Times every GPU kernel beside torch's own on the GPU that is present."""
     if not torch.cuda.is_available():
         raise click.UsageError("torch sees no CUDA device; nothing was timed")
     if k % 128:
         raise click.UsageError(f"k {k} is not a multiple of 128, the group length of the comparison; give a multiple")
     facts = torch.cuda.get_device_properties(torch.cuda.current_device())
     rows: list[dict[str, Any]] = []
+    warm(n, k)
     with torch.no_grad():
+        found = candidates(n, k, "cuda", facts.L2_cache_size)
         for m in tokens:
-            found = candidates(m, n, k, "cuda", facts.L2_cache_size)
-            timed = measure({name: call for name, (call, _, _) in found.items()}, cuda_burst_us)
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            timed = taking_turns({name: graph_us(one.call(x)) for name, one in found.items()})
             rows += rows_of(m, n, k, timed, found)
     title = f"timed on {facts.name}, torch {torch.__version__}, CUDA {torch.version.cuda}; medians, L2 cold"
     Console(width=130).print(table(rows, title))

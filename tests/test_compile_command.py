@@ -21,6 +21,7 @@ from quant.eval import gpu_speed
 from quant.kernels import dispatch
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.gpu import bundle, deployed, smoke
+from quant.kernels.gpu.clock import taking_turns
 from quant.kernels.gpu.layers import layer_of
 from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS
@@ -194,23 +195,19 @@ def test_without_a_gpu_nothing_is_claimed(module):
     assert done.stdout == ""
 
 
-def test_the_rows_of_the_benchmark(monkeypatch):
+def test_the_rows_of_the_benchmark():
     """All but the clock, with the CPU kernels: which calls take part, the bytes they read, the rates that follow."""
-    monkeypatch.setattr(gpu_speed, "ROUNDS", 1)
-    monkeypatch.setattr(gpu_speed, "WARM", 0)
     try:
-        found = gpu_speed.candidates(2, 96, 128, "cpu", 0)
+        found = gpu_speed.candidates(96, 128, "cpu", 0)
     except ValueError as error:
         pytest.skip(str(error))
-    assert set(found) == {"torch bf16", "A8W4", "W8A8", "W8A16", "W4A16", "W3A16", "W2A16"}
-
-    def clock(call):
-        assert call().shape == (2, 96)
-        return 1.0
-
-    timed = gpu_speed.measure({name: call for name, (call, _, _) in found.items()}, clock) | {"A8W4": 0.5}
+    assert list(found) == [
+        *("torch bf16", "A8W4", "W8A8", "W8A16", "W4A16", "W3A16", "W2A16", "nvfp4A16", "mxfp4A16", "FP4A16"),
+    ]
+    x = torch.randn(2, 128).bfloat16()
+    assert all(one.call(x)().shape == (2, 96) for one in found.values())
+    timed = taking_turns({name: lambda: 1.0 for name in found}) | {"A8W4": 0.5}
     rows = {row["format"]: row for row in gpu_speed.rows_of(2, 96, 128, timed, found)}
     assert rows["A8W4"]["speed_vs_bf16"] == 2.0
     assert rows["torch bf16"]["tops"] == pytest.approx(2e-6 * 2 * 96 * 128)
     assert rows["torch bf16"]["weight_gb_s"] == pytest.approx(2 * 96 * 128 / 1e3)
-    assert gpu_speed.table(list(rows.values()), "").row_count == len(rows)

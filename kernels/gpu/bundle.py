@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ VERSION = 1
 LARGE_M = 2048  # the tokens for which the plan of the last, open bucket is chosen
 SCRATCH_POINTERS = 2  # Triton appends two pointers to every signature; our programs leave both unused
 CODES = {"i32": "i", "i64": "q"}  # struct codes; everything else is a pointer
+PROGRAMS_PER_JOB = 8  # fewer are not worth the start of a process
 Launches = dict[Layer, dict[int | None, Plan]]  # layer -> most tokens of a bucket -> steps
 Listener = Callable[[str, int, int], None]  # target, programs done, programs in all
 
@@ -146,6 +148,16 @@ def compile_one(program: Program, arch: int) -> Compiled:
     return made
 
 
+def compile_all(programs: list[Program], arch: int) -> Iterator[Compiled]:
+    """`compile_one` of each, in order; many programs are compiled by several processes."""
+    jobs = min(os.cpu_count() or 1, len(programs) // PROGRAMS_PER_JOB)
+    if jobs < 2:
+        yield from (compile_one(program, arch) for program in programs)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap(functools.partial(compile_one, arch=arch), programs)
+
+
 def write(folder: Path, tables: Mapping[str, Launches], listen: Listener = lambda target, done, total: None) -> dict[str, Any]:
     """Compile what `tables` (target -> launches) need, write it to `folder` and return the manifest.
 
@@ -163,8 +175,8 @@ def write(folder: Path, tables: Mapping[str, Launches], listen: Listener = lambd
             began = time.monotonic()
             wanted = programs_of(table)
             made = []
-            for program in wanted:
-                made.append(compile_one(program, arch_of(target)))
+            for compiled in compile_all(wanted, arch_of(target)):
+                made.append(compiled)
                 (partial / target / f"{made[-1].digest}.cubin").write_bytes(made[-1].code)
                 listen(target, len(made), len(wanted))
             targets[target] = {

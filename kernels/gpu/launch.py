@@ -12,7 +12,7 @@ from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.gpu import deployed
 from quant.kernels.gpu.layout import POLICIES, Policy
 from quant.kernels.gpu.plan import Layer, plan
-from quant.kernels.gpu.program import jit, run
+from quant.kernels.gpu.program import Launch, Plan, jit, run
 from quant.kernels.gpu.tiles import table_arch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,18 +50,24 @@ def grouped_layer(
 
 
 def matmul(
-    layer: Layer, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor], facts: tuple[int, int] | None = None
+    layer: Layer,
+    x: Tensor,
+    bias: Tensor | None,
+    tensors: Mapping[str, Tensor],
+    facts: tuple[int, int] | None = None,
+    steps: Plan | None = None,
 ) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype: the launches of the plan, no synchronization. Float tokens whose K is no multiple of 16
     are copied into padded rows first. `facts`: see `device_facts`; those of
-    x's device when None. On CPU tensors the programs must be interpreted."""
+    x's device when None. `steps`: these launches instead of those that the tables choose. On CPU tensors the programs must be
+    interpreted."""
     assert x.dtype in DTYPES, f"x is {x.dtype}"
     m = x.shape[0]
     y = x.new_empty(m, layer.n)
     if m == 0:
         return y
-    steps, start = None, jit
-    if x.is_cuda and (bundles := deployed.on(x.get_device())) is not None:
+    start: Launch = jit
+    if steps is None and x.is_cuda and (bundles := deployed.on(x.get_device())) is not None:
         steps, start = bundles.plan(layer, m), bundles.launch
     if steps is None:
         arch, processors = facts or device_facts(x.get_device())

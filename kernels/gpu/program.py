@@ -85,11 +85,22 @@ def constants(program: Program) -> dict[str, Any]:
     return values
 
 
-def jit(step: Step, values: Mapping[str, Tensor | int], m: int) -> None:
-    """Launch a step through Triton, which compiles its program when it is new."""
+def jit(step: Step, values: Mapping[str, Tensor | int], m: int, warmup: bool = False) -> None:
+    """Launch a step through Triton, which compiles its program when it is new; `warmup` only compiles."""
     program = step.program
     options = dict(num_warps=program.warps, num_stages=program.stages, enable_fp_fusion=program.fusion)
-    function(program.name)[step.grid(m)](**values, **constants(program), **options)
+    function(program.name).run(grid=step.grid(m), warmup=warmup, **values, **constants(program), **options)
+
+
+def compile_here(step: Step) -> None:
+    """Leave the step's program in Triton's cache on disk, compiled for the current device, as a launch would."""
+    types = {"*i8": "int8", "*u8": "uint8", "*i16": "int16", "*i32": "int32", "*bf16": "bfloat16", "*fp16": "float16"}
+    kinds, device = dict(step.program.signature), torch.cuda.current_device()
+    values: dict[str, Tensor | int] = {}
+    for name, value in step.arguments:
+        dtype = getattr(torch, types.get(kinds[name], "float32"))
+        values[name] = 1 if value == "M" else value if isinstance(value, int) else torch.empty(16, dtype=dtype, device=device)
+    jit(step, values, 1, warmup=True)
 
 
 def run(plan: Plan, tensors: Mapping[str, Tensor], m: int, launch: Launch = jit) -> None:

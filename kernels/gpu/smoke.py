@@ -1,15 +1,18 @@
 """Every GPU kernel against float64, on the GPU that is present: `python -m quant.kernels.gpu.smoke`.
 
-Off by default: nothing calls it. First the programs are compiled by Triton as they are needed, then the same layers run from a
-deployment bundle made on the spot, through the CUDA driver. One line per kernel, dtype and way; the exit status is 1 if any
-result is off or two runs differ, 2 where nothing can be tested. As of this version no GPU has run it.
+Off by default: nothing calls it. First the programs are compiled by Triton as they are needed, by several processes at once,
+then the same layers run from a deployment bundle made on the spot, through the CUDA driver. One line per kernel, dtype and way;
+the exit status is 1 if any result is off or two runs differ, 2 where nothing can be tested.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from quant.kernels.gpu import bundle, deployed
 from quant.kernels.gpu.layers import layer_of
 from quant.kernels.gpu.plan import Layer
 from quant.kernels.gpu.tiles import ARCHITECTURES
+from quant.kernels.gpu.warm import MOST_JOBS
 
 SHAPES = ((130, 576, 96), (1024, 4096, 128), (200, 640, 32))  # N, K, group: tails, a large layer, the smallest blocks
 TOKENS = (1, 16, 17, 64, 65, 200)
@@ -99,18 +103,42 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Result:
     return Result(kernel=kernel.name, error=error, repeats=repeats)
 
 
-def run_all(way: str, dtypes: tuple[torch.dtype, ...], device: str) -> int:
-    """Check and print every case; returns how many failed. A case that no GPU kernel takes has failed."""
+def line(way: str, case: Case, dtype: torch.dtype, result: Result) -> tuple[bool, str]:
+    """Whether the result is right, and the line to print."""
+    good = result.error <= LIMITS[dtype] and result.repeats
+    what = f"{case.format} {case.activation} [{case.n}, {case.k}] {str(dtype).removeprefix('torch.')}"
+    repeats = "repeats" if result.repeats else "does not repeat"
+    verdict = "ok" if good else "WRONG"
+    return good, f"{verdict:5} {way}: {result.kernel} {what}: error {result.error:.1e} of {LIMITS[dtype]:.0e}, {repeats}"
+
+
+def checked(task: tuple[str, Case, torch.dtype, str]) -> tuple[bool, str]:
+    """One case; whatever it raises is its result."""
+    way, case, dtype, device = task
+    try:
+        return line(way, case, dtype, check(case, dtype, device))
+    except Exception as error:  # every other case shall still be tested
+        reason = next((text for text in reversed(str(error).splitlines()) if text.strip()), "")
+        return (
+            False,
+            f"WRONG {way}: {case.format} {case.activation} [{case.n}, {case.k}] {dtype}: {type(error).__name__}: {reason}",
+        )
+
+
+def run_all(way: str, dtypes: tuple[torch.dtype, ...], device: str, jobs: int = 1) -> int:
+    """Check and print every case; returns how many failed. A case that no GPU kernel takes has failed.
+
+    jobs: processes, which compile at the same time.
+    """
+    tasks = [(way, case, dtype, device) for dtype in dtypes for case in cases()]
     failed = 0
-    for dtype in dtypes:
-        for case in cases():
-            result = check(case, dtype, device)
-            good = result.error <= LIMITS[dtype] and result.repeats
+    with contextlib.ExitStack() as stack:
+        results: Iterable[tuple[bool, str]] = map(checked, tasks)
+        if jobs > 1:
+            results = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs)).imap(checked, tasks)
+        for good, text in results:
             failed += not good
-            what = f"{case.format} {case.activation} [{case.n}, {case.k}] {str(dtype).removeprefix('torch.')}"
-            repeats = "repeats" if result.repeats else "does not repeat"
-            verdict = "ok" if good else "WRONG"
-            print(f"{verdict:5} {way}: {result.kernel} {what}: error {result.error:.1e} of {LIMITS[dtype]:.0e}, {repeats}")
+            print(text, flush=True)
     return failed
 
 
@@ -139,7 +167,7 @@ def main() -> int:
         return 2
     arch = int("{}{}".format(*torch.cuda.get_device_capability()))
     print(f"{torch.cuda.get_device_name()}, sm_{arch}, torch {torch.__version__}, triton {bundle.installed('triton')}")
-    failed = run_all("triton", DTYPES, "cuda")
+    failed = run_all("triton", DTYPES, "cuda", min(os.cpu_count() or 1, MOST_JOBS))
     if arch in ARCHITECTURES:
         failed += run_bundle(arch, torch.bfloat16)
     else:

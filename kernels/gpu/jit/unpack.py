@@ -77,10 +77,10 @@ def bytes8(planes, words, COMPUTE: tl.constexpr, SCALED: tl.constexpr, INLINE: t
     return (planes[0].to(tl.int8, bitcast=True),)
 
 
-@triton.jit
-def float_type(COMPUTE: tl.constexpr):
-    kind: tl.constexpr = tl.float16 if COMPUTE == "fp16" else (tl.bfloat16 if COMPUTE == "bf16" else tl.float32)
-    return kind
+@triton.constexpr_function
+def float_type(COMPUTE):
+    """A type, which a jitted function cannot return in Triton 3.6."""
+    return tl.float16 if COMPUTE == "fp16" else (tl.bfloat16 if COMPUTE == "bf16" else tl.float32)
 
 
 @triton.jit
