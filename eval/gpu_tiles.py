@@ -26,6 +26,7 @@ from quant.kernels.gpu import model
 from quant.kernels.gpu.clock import taking_turns
 from quant.kernels.gpu.launch import device_facts, matmul
 from quant.kernels.gpu.layers import layer_of
+from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.plan import Layer, plan_with
 from quant.kernels.gpu.program import Plan
 from quant.kernels.gpu.tiles import SPLITS, TRIPS, Tile, bucket_of, choose, read_table, tile_of
@@ -35,12 +36,22 @@ SHAPES = ("4096x4096", "14336x4096", "1024x4096")
 TOKENS = (1, 16, 64, 512, 2048)
 TENSORS = ("weight", "words", "row_scale")
 ROUNDS = 7
-# most tokens -> (BM, BN, warps, stages) to try beside the stored ones, either operand first
-SEARCHED = {
-    16: ((16, 32, 1, 6), (16, 64, 2, 4), (16, 64, 2, 6), (16, 64, 4, 4), (16, 128, 4, 4), (16, 128, 8, 4), (16, 128, 4, 6)),
-    64: ((64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (32, 64, 4, 4), (32, 64, 2, 4)),
-    None: ((128, 128, 8, 4), (128, 128, 4, 3), (64, 128, 4, 3), (256, 128, 8, 3), (128, 64, 4, 4)),
+# most tokens -> (BM, BN, warps, stages, operands that come first) to try beside the stored ones
+SEARCHED: dict[int | None, tuple[tuple[int, int, int, int, str], ...]] = {
+    16: (
+        *((16, 64, 2, 4, "xw"), (16, 64, 2, 6, "xw"), (16, 64, 4, 4, "xw"), (16, 64, 4, 6, "w"), (16, 32, 2, 6, "x")),
+        *((16, 128, 4, 4, "xw"), (16, 128, 4, 6, "w"), (16, 128, 8, 4, "xw")),
+    ),
+    64: (
+        *((64, 64, 4, 3, "xw"), (64, 64, 4, 5, "w"), (64, 128, 4, 3, "w"), (64, 128, 8, 3, "xw"), (64, 128, 8, 4, "w")),
+        *((32, 64, 4, 4, "xw"), (32, 128, 8, 4, "w")),
+    ),
+    None: (
+        *((128, 128, 8, 3, "xw"), (128, 128, 8, 4, "w"), (128, 128, 4, 3, "w"), (64, 128, 4, 4, "w"), (64, 128, 8, 4, "w")),
+        *((256, 128, 8, 3, "w"), (256, 128, 8, 4, "w"), (128, 64, 4, 4, "w")),
+    ),
 }
+PROGRAMS = (96, 2400)  # of a searched launch: fewer leave multiprocessors idle, more are a K split too often
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +79,20 @@ def tries(name: str, layer: Layer, m: int, search: bool) -> Iterator[Try]:
     for row in rows:
         tiles[tile_of(row)] = model.from_row(row, variant.compute, variant.block, variant.block_bytes(row["bn"]))
     if search:
-        on_sum = next(iter(tiles)).on_sum
-        for bm, bn, warps, stages in SEARCHED[bucket]:
-            for swap in (False, True):
-                found = Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=swap, on_sum=on_sum)
-                tiles.setdefault(found, None)
+        scaled = POLICIES[variant.policy].scale_on_sum and bucket is not None
+        for bm, bn, warps, stages, left in SEARCHED[bucket]:
+            for first in left:
+                for on_sum in (
+                    {scaled and not POLICIES[variant.policy].integer, False} if first == "w" else {next(iter(tiles)).on_sum}
+                ):
+                    found = Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum)
+                    tiles.setdefault(found, None)
     for tile, trip in tiles.items():
         for splits in SPLITS if bucket is not None else (1,):
+            programs = -(-m // tile.bm) * -(-layer.n // tile.bn) * splits
             if splits > 1 and layer.blocks < splits * TRIPS:
+                continue
+            if trip is None and bucket is not None and not PROGRAMS[0] <= programs <= PROGRAMS[1]:
                 continue
             predicted = trip and trip.predicted_us(model.DEVICES[arch], m, layer.n, layer.k, splits, processors)
             yield Try(name=name, layer=layer, m=m, tile=tile, splits=splits, predicted_us=predicted)

@@ -11,7 +11,7 @@ from quant.kernels.gpu.tiles import Tile, Variant, choose
 
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8", "int32": "*i32"}
 COMPUTE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-QUANTIZE_BLOCK = 2048  # elements per step of the activation program: 16 bytes of bfloat16 for each of 256 threads
+QUANTIZE_BLOCK = 8192  # most elements per step of the activation program: rows up to it are read in one go
 COMBINE_TILE = (4, 256)
 TOKEN_ALIGNMENT = 16  # elements: rows of float tokens are padded to it, so that they load 16 bytes at a time
 
@@ -86,7 +86,8 @@ def quantize_step(layer: Layer) -> Step:
         ("K", "i32", layer.k),
         ("K_PAD", "i32", layer.width),
     ]
-    built, bound = program("quantize", arguments, {"BLOCK": QUANTIZE_BLOCK, "GROUP": 1}, 8, 1, False)
+    block = min(QUANTIZE_BLOCK, max(256, 1 << (layer.width - 1).bit_length()))
+    built, bound = program("quantize", arguments, {"BLOCK": block, "GROUP": 1}, 8, 1, False)
     return Step(program=built, arguments=bound, rows=1)
 
 
