@@ -191,10 +191,11 @@ def main(
                 prepared = kernel.prepare(random_fields(spec.format, spec.n, spec.k), spec)
             sound = [one for one in wanted if not any(step.program in refused for step in one.plan.steps)]
             rows += rows_of(timed(sound, prepared, facts.L2_cache_size), arch, processors)
+            if file:  # after each problem: the lease of a GPU may end
+                found = {"device": facts.name, "torch": torch.__version__, "rows": rows}
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     title = f"timed on {facts.name}, torch {torch.__version__}; medians, L2 cold"
     Console(width=150).print(table(rows, title))
-    if file:
-        file.write_text(json.dumps({"device": facts.name, "torch": torch.__version__, "rows": rows}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
