@@ -2,6 +2,7 @@
 
     python -m quant.kernels.gpu.aot --report [--arch 90]                      the tables' counts
     python -m quant.kernels.gpu.aot --update [--arch 90] [--policy int4]      make the tables again (`tune.py`), in minutes
+    python -m quant.kernels.gpu.aot --recount [--arch 80]                     the same tiles, their counts taken again
 
 Must run without TRITON_INTERPRET: interpreted programs cannot be compiled.
 """
@@ -24,7 +25,7 @@ from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.model import DEVICES
 from quant.kernels.gpu.plan import COMPUTE, Layer, gemm_step
 from quant.kernels.gpu.program import Program, constants, function
-from quant.kernels.gpu.tiles import ARCHITECTURES, Tile, Variant, read_table, tile_of
+from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, Tile, Variant, read_table, tile_of
 
 ODD_SIZES = (4097, 4112)  # N, K of a layer whose sizes nothing is known to divide; float tokens are padded to 16
 REGISTERS = 255  # per thread; a kernel that needs more spills
@@ -152,12 +153,13 @@ class Row:
 
 def measure(arch: int, variant: Variant, tile: Tile) -> Row:
     """Compile one tile and count. Raises RuntimeError when its code has no loop with matrix instructions."""
-    return dataclasses.replace(measured(arch, variant, dataclasses.replace(tile, max_m=None)), tile=tile)
+    kind = None if tile.max_m is None else BUCKETS[0]
+    return dataclasses.replace(measured(arch, variant, dataclasses.replace(tile, max_m=kind)), tile=tile)
 
 
 @functools.cache
 def measured(arch: int, variant: Variant, tile: Tile) -> Row:
-    """`measure` for any number of tokens, on which the code does not depend."""
+    """`measure` for the first or the last bucket: the code depends only on whether tokens may be few."""
     built = compile_program(gemm_step(sample_layer(variant), tile, 1, "cuda").program, arch)
     odd = compile_program(gemm_step(sample_layer(variant, *ODD_SIZES), tile, 1, "cuda").program, arch)
     return Row(
@@ -226,17 +228,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="print the tables")
     parser.add_argument("--update", action="store_true", help="make the tables again")
+    parser.add_argument(
+        "--recount", action="store_true", help="compile the tables' own tiles again; searches where one is faulty"
+    )
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="only this architecture")
     parser.add_argument("--policy", choices=tuple(POLICIES), action="append", help="only these weight policies")
     args = parser.parse_args()
-    if not (args.report or args.update):
-        parser.error("give --report or --update")
+    if not (args.report or args.update or args.recount):
+        parser.error("give --report, --update or --recount")
     chosen = ARCHITECTURES if args.arch is None else (args.arch,)
-    if args.update:
+    if args.update or args.recount:
         from quant.kernels.gpu.tune import update
 
         for arch in chosen:
-            update(arch, args.policy or tuple(POLICIES))
+            update(arch, args.policy or tuple(POLICIES), recount=args.recount)
     if args.report:
         report(chosen)
 

@@ -134,6 +134,7 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
         "GROUPS": words,
         "MIXED": policy.mixed,
         "RAGGED": layer.width % variant.block != 0,
+        "FEW": tile.max_m is not None,
         "ON_SUM": tile.on_sum,
         "SPLIT": splits,
         "BM": tile.bm,

@@ -2,7 +2,7 @@
 
 The first variant of a policy is searched; its winners are compiled for the other variants, each checked like the first. Where
 a variant has no winner left for a number of tokens, it is searched itself. Architectures of one kind share the search: 8.9
-starts from the winners of 8.0, 10.0 from those of 9.0.
+starts from the winners of 8.0, 10.0 from those of 9.0. For 9.0 the tiles that an H200 found fastest come first (TIMED).
 """
 
 from __future__ import annotations
@@ -35,6 +35,26 @@ SCALED_ROUNDS: dict[int | None, tuple[tuple[Shape, ...], ...]] = {
     64: (((64, 128, 8, 3, "xw"), (64, 64, 4, 4, "xw")),),
     None: (((128, 128, 8, 3, "xw"), (64, 64, 4, 4, "xw")),),
 }
+# Fastest of some 25 tiles and their splits of K on an H200, layers of 4096 x 4096 and 14336 x 4096, 16, 64 and 2048 tokens
+# (`python -m quant.eval.gpu_tiles --search`): weights first, so that the unpacked ones go to wgmma from registers. After them
+# tiles of another width for layers of another size. policy -> bucket -> (BM, BN, warps, stages, scale on the sum).
+WIDE = ((16, 128, 2, 4, True),)
+FEW_ROWS = ((128, 128, 8, 3, False), (64, 128, 8, 4, False))
+TIMED: dict[str, dict[int | None, tuple[tuple[int, int, int, int, bool], ...]]] = {
+    "dual4": {16: ((16, 64, 2, 6, False), *WIDE), 64: ((64, 128, 4, 4, False), (64, 64, 4, 5, False)), None: FEW_ROWS},
+    "bytes8": {
+        16: ((16, 64, 4, 4, False), *WIDE),
+        64: ((64, 64, 4, 5, False),),
+        None: ((128, 128, 4, 3, False), *FEW_ROWS[1:]),
+    },
+    "int8": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 64, 4, 3, False), (64, 128, 8, 3, False))},
+    "int4": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 128, 4, 3, False), (64, 64, 4, 3, True))},
+    "int3": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 128, 8, 3, False), (64, 64, 4, 3, True)), None: FEW_ROWS},
+    "int2": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 128, 8, 3, False), (64, 64, 4, 3, True)), None: FEW_ROWS},
+    "e2m1": {16: WIDE, 64: ((64, 128, 8, 3, False),)},
+}
+TIMED |= {"dual4_pair": TIMED["dual4"], "float4": TIMED["int4"]}
+LARGE = ((256, 128, 8, 3, False), *FEW_ROWS)
 FLOAT32_ROUNDS: tuple[tuple[Shape, ...], ...] = (  # a rare guest
     ((16, 128, 4, 2, "x"),),
     ((16, 64, 2, 3, "x"),),
@@ -55,6 +75,17 @@ def rounds(variant: Variant, bucket: int | None) -> Iterator[list[Tile]]:
             for bm, bn, warps, stages, left in shapes
             for first in left
         ]
+
+
+def timed(variant: Variant, bucket: int | None) -> list[Tile]:
+    """The tiles of TIMED."""
+    if variant.compute == "fp32":
+        return []
+    scaled = POLICIES[variant.policy].scale_on_sum and not POLICIES[variant.policy].integer
+    return [
+        Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=True, on_sum=on_sum and scaled)
+        for bm, bn, warps, stages, on_sum in TIMED[variant.policy].get(bucket, LARGE)
+    ]
 
 
 def stored(row: Row) -> dict[str, Any]:
@@ -92,16 +123,18 @@ def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(best.values())
 
 
-def tables(arch: int, policy: str) -> dict[str, list[dict[str, Any]]]:
-    """Variant -> rows, for all variants of a policy."""
+def tables(arch: int, policy: str, recount: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> rows, for all variants of a policy. recount: of the tiles that the table has."""
     out: dict[str, list[dict[str, Any]]] = {}
     searched: dict[tuple[bool, int | None], list[Tile]] = {}
-    relative = read_table(RELATIVE[arch])["tiles"] if arch in RELATIVE else {}
+    relative = read_table(arch if recount else RELATIVE[arch])["tiles"] if recount or arch in RELATIVE else {}
     for variant in variants(policy):
         rows: list[dict[str, Any]] = []
         for bucket in BUCKETS:
             kind = (variant.compute == "fp32", bucket)
             seeds = [tile_of(row) for row in relative.get(variant.key, ()) if row["max_m"] == bucket]
+            if arch == 90 and not recount:
+                seeds = timed(variant, bucket)
             found = sound(arch, variant, seeds or searched.get(kind, ()))
             if not found:
                 found = next((best for tiles in rounds(variant, bucket) if (best := winners(sound(arch, variant, tiles)))), [])
@@ -115,15 +148,15 @@ def tables(arch: int, policy: str) -> dict[str, list[dict[str, Any]]]:
     return out
 
 
-def update(arch: int, policies: Iterable[str] = tuple(POLICIES)) -> None:
-    """Make the tables of some policies again and write them; the others stay."""
+def update(arch: int, policies: Iterable[str] = tuple(POLICIES), recount: bool = False) -> None:
+    """Make the tables of some policies again and write them; the others stay. recount: with the tiles that they have."""
     import triton
 
     path = table_path(arch)
     stored_table = json.loads(path.read_text()) if path.exists() else {"source": {}, "tiles": {}}
     known, source = stored_table["tiles"], stored_table["source"]
     for policy in policies:
-        rows = tables(arch, policy)
+        rows = tables(arch, policy, recount)
         known = {key: row for key, row in known.items() if key.split("/")[0] != policy} | rows
         source[policy] = source_hash(policy)
         head = {"triton": triton.__version__, "device": model.DEVICES[arch].name, "source": dict(sorted(source.items()))}

@@ -7,6 +7,7 @@ quantizer registry is imported (`serve/hook.py`).
 from __future__ import annotations
 
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: Any = None, **kwargs: Any) -> None:
         section = self.quantization_config.section
+        self.loading = weakref.ref(model)
         unstack(model)
         if checkpoint_files:  # transformers would fill what is missing with random numbers
             check_layers(section, {n: e for file in checkpoint_files for n, e in read_header(Path(file)).items()}, model)
@@ -80,9 +82,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         ignored |= {rf"^{re.escape(name)}\.weight$" for name in (replaced[0], names.get(replaced[0], replaced[0]))}
         setattr(model, "_keys_to_ignore_on_load_unexpected", ignored)  # noqa: B010
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Experts are loaded one by one, not merged."""
-        return renamings(model, weight_conversions)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Experts are loaded one by one, not merged. transformers before 5.20 does not say for which model it asks."""
+        return renamings(self.loading() if model is None else model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
