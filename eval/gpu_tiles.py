@@ -36,19 +36,21 @@ SHAPES = ("4096x4096", "14336x4096", "1024x4096")
 TOKENS = (1, 16, 64, 512, 2048)
 TENSORS = ("weight", "words", "row_scale")
 ROUNDS = 7
-# most tokens -> (BM, BN, warps, stages, operands that come first) to try beside the stored ones
+# most tokens -> (BM, BN, warps, stages, operands that come first) to try beside the stored ones. What comes first decides how
+# the codes lie in registers: before a tile enters a table, `aot` checks that its words run along K.
 SEARCHED: dict[int | None, tuple[tuple[int, int, int, int, str], ...]] = {
     16: (
         *((16, 64, 2, 4, "xw"), (16, 64, 2, 6, "xw"), (16, 64, 4, 4, "xw"), (16, 64, 4, 6, "w"), (16, 32, 2, 6, "x")),
         *((16, 128, 4, 4, "xw"), (16, 128, 4, 6, "w"), (16, 128, 8, 4, "xw")),
     ),
     64: (
-        *((64, 64, 4, 3, "xw"), (64, 64, 4, 5, "w"), (64, 128, 4, 3, "w"), (64, 128, 8, 3, "xw"), (64, 128, 8, 4, "w")),
-        *((32, 64, 4, 4, "xw"), (32, 128, 8, 4, "w")),
+        *((64, 64, 2, 4, "x"), (64, 64, 4, 4, "x"), (64, 64, 4, 5, "w"), (64, 128, 4, 3, "xw"), (64, 128, 8, 3, "xw")),
+        *((32, 32, 1, 6, "w"), (32, 64, 1, 4, "w"), (32, 64, 2, 4, "xw"), (32, 64, 2, 6, "w"), (32, 64, 4, 4, "xw")),
+        *((32, 128, 4, 4, "x"), (32, 128, 2, 4, "w"), (64, 32, 2, 4, "w"), (64, 32, 1, 4, "w")),
     ),
     None: (
-        *((128, 128, 8, 3, "xw"), (128, 128, 8, 4, "w"), (128, 128, 4, 3, "w"), (64, 128, 4, 4, "w"), (64, 128, 8, 4, "w")),
-        *((256, 128, 8, 3, "w"), (256, 128, 8, 4, "w"), (128, 64, 4, 4, "w")),
+        *((128, 128, 8, 3, "xw"), (128, 128, 4, 3, "xw"), (128, 64, 4, 4, "xw"), (64, 128, 8, 4, "xw"), (64, 128, 4, 4, "xw")),
+        *((64, 64, 4, 4, "x"), (128, 128, 8, 4, "x"), (64, 128, 4, 3, "x")),
     ),
 }
 PROGRAMS = (96, 2400)  # of a searched launch: fewer leave multiprocessors idle, more are a K split too often
@@ -85,7 +87,10 @@ def tries(name: str, layer: Layer, m: int, search: bool) -> Iterator[Try]:
                 for on_sum in (
                     {scaled and not POLICIES[variant.policy].integer, False} if first == "w" else {next(iter(tiles)).on_sum}
                 ):
-                    found = Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum)
+                    few = bucket is not None
+                    found = Tile(
+                        max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum, few=few
+                    )
                     tiles.setdefault(found, None)
     for tile, trip in tiles.items():
         for splits in SPLITS if bucket is not None else (1,):

@@ -24,7 +24,8 @@ from quant.kernels.gpu import bundle, deployed, smoke
 from quant.kernels.gpu.clock import taking_turns
 from quant.kernels.gpu.layers import layer_of
 from quant.kernels.gpu.layout import POLICIES
-from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS
+from quant.kernels.gpu.plan import PLANS
+from quant.kernels.gpu.tiles import ARCHITECTURES
 from quant.kernels.reference import Reference
 from quant.linear import PackedLinear
 
@@ -78,7 +79,7 @@ def test_the_table_counts_what_is_in_the_folder(folder, output):
     assert {path.stem for path in files} == {p["digest"] for p in part["programs"]}
     assert programs == len(part["programs"]) < launches  # programs are shared between shapes and buckets
     assert shapes == len(part["launches"])
-    assert all(len(entry["plans"]) == len(BUCKETS) for entry in part["launches"])
+    assert all(len(entry["plans"]) == len(PLANS) for entry in part["launches"])
     assert "nothing was run or timed" in output
 
 

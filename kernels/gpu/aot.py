@@ -25,7 +25,7 @@ from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.model import DEVICES
 from quant.kernels.gpu.plan import COMPUTE, Layer, gemm_step
 from quant.kernels.gpu.program import Program, constants, function
-from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, Tile, Variant, read_table, tile_of
+from quant.kernels.gpu.tiles import ARCHITECTURES, Tile, Variant, read_table, tile_of
 
 ODD_SIZES = (4097, 4112)  # N, K of a layer whose sizes nothing is known to divide; float tokens are padded to 16
 REGISTERS = 255  # per thread; a kernel that needs more spills
@@ -153,13 +153,12 @@ class Row:
 
 def measure(arch: int, variant: Variant, tile: Tile) -> Row:
     """Compile one tile and count. Raises RuntimeError when its code has no loop with matrix instructions."""
-    kind = None if tile.max_m is None else BUCKETS[0]
-    return dataclasses.replace(measured(arch, variant, dataclasses.replace(tile, max_m=kind)), tile=tile)
+    return dataclasses.replace(measured(arch, variant, dataclasses.replace(tile, max_m=None)), tile=tile)
 
 
 @functools.cache
 def measured(arch: int, variant: Variant, tile: Tile) -> Row:
-    """`measure` for the first or the last bucket: the code depends only on whether tokens may be few."""
+    """`measure` for any number of tokens, on which the code does not depend."""
     built = compile_program(gemm_step(sample_layer(variant), tile, 1, "cuda").program, arch)
     odd = compile_program(gemm_step(sample_layer(variant, *ODD_SIZES), tile, 1, "cuda").program, arch)
     return Row(
@@ -177,7 +176,7 @@ def source_hash(policy: str) -> str:
     """Digest of all that the counts of a policy depend on, the version of Triton apart: the Triton sources, those that only
     other policies use left out, and the programs that the plan makes of them."""
     digest = hashlib.sha256()
-    foreign = {known.module for known in POLICIES.values()} - {"unpack", POLICIES[policy].module}
+    foreign = {known.module for known in POLICIES.values()} - {"unpack", POLICIES[policy].module} | {"activation", "dense"}
     for path in sorted((Path(__file__).parent / "jit").glob("*.py")):
         if path.stem not in foreign:
             digest.update(path.read_bytes())

@@ -26,14 +26,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quant.kernels.gpu.plan import Layer, plan, plan_with
+from quant.kernels.gpu.plan import LARGE_M, PLANS, Layer, plan, plan_bucket, plan_with
 from quant.kernels.gpu.program import Plan, Program, Scratch, Step
-from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, bucket_of, read_table, tile_of
+from quant.kernels.gpu.tiles import ARCHITECTURES, read_table, tile_of
 
 FOLDER = "lowbit-bundle"
 MANIFEST = "manifest.json"
-VERSION = 1
-LARGE_M = 2048  # the tokens for which the plan of the last, open bucket is chosen
+VERSION = 2
 SCRATCH_POINTERS = 2  # Triton appends two pointers to every signature; our programs leave both unused
 CODES = {"i32": "i", "i64": "q"}  # struct codes; everything else is a pointer
 PROGRAMS_PER_JOB = 8  # fewer are not worth the start of a process
@@ -111,7 +110,7 @@ def launches(layers: Iterable[Layer], arch: int) -> Launches:
     from quant.kernels.gpu.model import DEVICES
 
     processors = DEVICES[arch].processors
-    return {layer: {most: plan(layer, most or LARGE_M, arch, processors) for most in BUCKETS} for layer in layers}
+    return {layer: {most: plan(layer, most or LARGE_M, arch, processors) for most in PLANS} for layer in layers}
 
 
 def twin_plans(layers: Iterable[Layer]) -> Iterator[Plan]:
@@ -209,7 +208,7 @@ def program_row(made: Compiled) -> dict[str, Any]:
 
 def plan_row(most: int | None, steps: Plan, programs: list[Program]) -> dict[str, Any]:
     rows = [asdict(step) | {"program": programs.index(step.program)} for step in steps.steps]
-    return {"up_to_tokens": most, "scratch": [asdict(s) for s in steps.scratch], "steps": rows}
+    return {"up_to_tokens": most, "scratch": [asdict(s) for s in steps.scratch], "steps": rows, "dense": steps.dense}
 
 
 def tuples(value: Any) -> Any:
@@ -248,8 +247,8 @@ def read_launches(rows: list[dict[str, Any]], programs: list[Program]) -> Launch
         for entry in row["plans"]:
             steps = tuple(from_row(Step, {**step, "program": programs[step["program"]]}) for step in entry["steps"])
             scratch = tuple(from_row(Scratch, s) for s in entry["scratch"])
-            plans[entry["up_to_tokens"]] = Plan(steps=steps, scratch=scratch)
-        if set(plans) != set(BUCKETS):
+            plans[entry["up_to_tokens"]] = Plan(steps=steps, scratch=scratch, dense=bool(entry["dense"]))
+        if set(plans) != set(PLANS):
             raise KeyError(f"plans for up to {list(plans)} tokens")
         table[from_row(Layer, row["layer"])] = plans
     return table
@@ -290,4 +289,4 @@ def check_origin(manifest: Mapping[str, Any]) -> None:
 def plan_for(bundle: Bundle, layer: Layer, m: int) -> Plan | None:
     """The steps for `m` tokens, or None where the bundle was not made for such a layer."""
     plans = bundle.launches.get(layer)
-    return None if plans is None else plans[bucket_of(m)]
+    return None if plans is None else plans[plan_bucket(m)]

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.program import Plan, Program, Scratch, Step, Value
-from quant.kernels.gpu.tiles import Tile, Variant, choose
+from quant.kernels.gpu.tiles import BUCKETS, Tile, Variant, choose
 
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int8": "*i8", "int32": "*i32"}
 COMPUTE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 QUANTIZE_BLOCK = 8192  # most elements per step of the activation program: rows up to it are read in one go
 COMBINE_TILE = (4, 256)
+DENSE_TOKENS = 384  # from so many float tokens on, unpacking once and a dense product are faster (measured on an H200)
+DENSE_ROWS = 64
+PLANS = (*BUCKETS[:-1], DENSE_TOKENS - 1, None)  # a plan made for so many tokens serves fewer, down to the one before
+LARGE_M = 2048  # the tokens for which the plan of the last, open one is made
+NO_TOKENS = 1 << 30  # rows of a grid that does not depend on the tokens
 TOKEN_ALIGNMENT = 16  # elements: rows of float tokens are padded to it, so that they load 16 bytes at a time
 
 
@@ -125,16 +130,9 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
         stride("PLANE_STRIDE", layer.n * layer.slice),
         ("WORD_STRIDE", "i32", 0 if layer.per_row else words * layer.n),
     ]
-    constants: dict[str, Value] = {
-        "UNPACK": layer.policy,
-        "COMPUTE": "fp32" if target == "interpreter" and variant.compute == "bf16" else variant.compute,
-        "PLANES": policy.planes,
-        "SLICES": policy.slices,
-        "SLICE": layer.slice,
-        "GROUPS": words,
-        "MIXED": policy.mixed,
+    constants = weight_constants(layer, target) | {
         "RAGGED": layer.width % variant.block != 0,
-        "FEW": tile.max_m is not None,
+        "FEW": tile.few,
         "ON_SUM": tile.on_sum,
         "SPLIT": splits,
         "BM": tile.bm,
@@ -176,8 +174,56 @@ def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Pl
     return Plan(steps=tuple(steps), scratch=tuple(scratch))
 
 
+def weight_constants(layer: Layer, target: str) -> dict[str, Value]:
+    """What the unpacking of a weight depends on."""
+    policy, variant = POLICIES[layer.policy], layer.variant
+    return {
+        "UNPACK": layer.policy,
+        "COMPUTE": "fp32" if target == "interpreter" and variant.compute == "bf16" else variant.compute,
+        "PLANES": policy.planes,
+        "SLICES": policy.slices,
+        "SLICE": layer.slice,
+        "GROUPS": policy.words(layer.groups),
+        "MIXED": policy.mixed,
+    }
+
+
+def dense_plan(layer: Layer, target: str = "cuda") -> Plan:
+    """Unpack the weight to x's dtype, [N, K padded as the tokens]; torch multiplies."""
+    policy = POLICIES[layer.policy]
+    words = policy.words(layer.groups)
+    arguments: Arguments = [
+        ("w_ptr", "*u8", "weight"),
+        ("word_ptr", "*i32", "words"),
+        ("row_scale_ptr", "*fp32", "row_scale"),
+        ("dense_ptr", output(layer.x), "dense"),
+        ("N", "i32", layer.n),
+        ("K", "i32", layer.width),
+        stride("W_STRIDE", policy.planes * layer.n * layer.slice),
+        stride("PLANE_STRIDE", layer.n * layer.slice),
+        ("WORD_STRIDE", "i32", 0 if layer.per_row else words * layer.n),
+    ]
+    constants = weight_constants(layer, target) | {"BN": DENSE_ROWS, "INLINE": target == "cuda"}
+    built, bound = program("dequantize", arguments, constants, 4, 1, False)
+    step = Step(program=built, arguments=bound, rows=NO_TOKENS, columns=DENSE_ROWS, splits=layer.blocks, n=layer.n)
+    kind = "int16" if layer.x == "bfloat16" else layer.x
+    return Plan(steps=(step,), scratch=(Scratch(name="dense", dtype=kind, fixed=layer.n * layer.width),), dense=True)
+
+
+def goes_dense(layer: Layer, m: int) -> bool:
+    """Whether `m` tokens are worth a dense weight. float32 tokens are not: the vendor's float32 product is the slow one."""
+    return m >= DENSE_TOKENS and layer.x != "float32" and not POLICIES[layer.policy].integer and not layer.token_scale
+
+
+def plan_bucket(m: int) -> int | None:
+    """The member of PLANS that serves `m` tokens."""
+    return next((most for most in PLANS if most is not None and m <= most), None)
+
+
 @functools.lru_cache(4096)
 def plan(layer: Layer, m: int, arch: int, processors: int, target: str = "cuda") -> Plan:
     """The launches for `m` tokens on a device with the table of `arch` and so many multiprocessors."""
+    if goes_dense(layer, m):
+        return dense_plan(layer, target)
     tile, splits = choose(arch, layer.variant, m, layer.n, layer.k, processors)
     return plan_with(layer, tile, splits, target)

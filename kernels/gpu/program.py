@@ -24,7 +24,7 @@ Value = int | bool | str | None
 class Program:
     """One compiled function. Hashable; all fields are plain values."""
 
-    name: str  # gemm, combine, quantize
+    name: str  # gemm, combine, quantize, dequantize
     signature: tuple[tuple[str, str], ...]  # run-time arguments in order with Triton types: ("x_ptr", "*bf16"), ("M", "i32")
     constants: tuple[tuple[str, Value], ...]  # every other argument; UNPACK is the name of a policy
     aligned: tuple[str, ...]  # arguments that are multiples of 16, pointers included: loads shrink without it
@@ -50,19 +50,24 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Scratch:
-    """A tensor that lives between steps: `per_token` elements for each token."""
+    """A tensor that lives between steps: `per_token` elements for each token and `fixed` beside them."""
 
     name: str
     dtype: str
-    per_token: int
+    per_token: int = 0
+    fixed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Tensors: those of the caller (x, weight, words, row_scale, bias, divisor, y) and the scratch."""
+    """Tensors: those of the caller (x, weight, words, row_scale, bias, divisor, y) and the scratch.
+
+    dense: the steps leave the weight as the scratch of that name, and torch multiplies.
+    """
 
     steps: tuple[Step, ...]
     scratch: tuple[Scratch, ...]
+    dense: bool = False
 
 
 Launch = Callable[[Step, Mapping[str, Tensor | int], int], None]  # step, its arguments by name, tokens
@@ -71,9 +76,10 @@ Launch = Callable[[Step, Mapping[str, Tensor | int], int], None]  # step, its ar
 @functools.cache
 def function(name: str) -> Any:
     """The Triton function of a program."""
-    from quant.kernels.gpu.jit import activation, gemm
+    from quant.kernels.gpu.jit import activation, dense, gemm
 
-    return {"gemm": gemm.gemm, "combine": gemm.combine, "quantize": activation.quantize_rows}[name]
+    known = {"gemm": gemm.gemm, "combine": gemm.combine, "quantize": activation.quantize_rows, "dequantize": dense.dequantize}
+    return known[name]
 
 
 def constants(program: Program) -> dict[str, Any]:
@@ -106,8 +112,15 @@ def compile_here(step: Step) -> None:
 def run(plan: Plan, tensors: Mapping[str, Tensor], m: int, launch: Launch = jit) -> None:
     """Launch every step on the current device; the outputs are among `tensors`. No synchronization."""
     x = tensors["x"]
-    scratch = {s.name: torch.empty(m * s.per_token, dtype=getattr(torch, s.dtype), device=x.device) for s in plan.scratch}
+    sizes = {s.name: (m * s.per_token + s.fixed, getattr(torch, s.dtype)) for s in plan.scratch}
+    scratch = {name: torch.empty(size, dtype=dtype, device=x.device) for name, (size, dtype) in sizes.items()}
     known = {**tensors, **scratch}
     for step in plan.steps:
         values = {n: v if isinstance(v, int) else m if v == "M" else known[v] for n, v in step.arguments}
         launch(step, values, m)
+    if plan.dense:
+        dense, y = known["dense"].view(x.dtype).view(-1, x.shape[1]), known["y"].view(x.dtype)
+        if "bias" in known:
+            torch.addmm(known["bias"].to(x.dtype), x, dense.t(), out=y)
+        else:
+            torch.mm(x, dense.t(), out=y)

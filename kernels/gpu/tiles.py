@@ -57,6 +57,7 @@ class Tile:
     stages: int
     swap: bool  # weights as the left operand of the MMA
     on_sum: bool  # the group scale multiplies the sum of a group
+    few: bool = False  # rows of x past the last token are not loaded
 
 
 def table_path(arch: int) -> Path:
@@ -71,7 +72,7 @@ def read_table(arch: int) -> dict[str, Any]:
 
 
 def tile_of(row: dict[str, Any]) -> Tile:
-    return Tile(**{name: row[name] for name in Tile.__dataclass_fields__})
+    return Tile(**{name: row[name] for name in Tile.__dataclass_fields__ if name in row})
 
 
 def table_arch(capability: int) -> int:

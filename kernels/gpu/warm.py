@@ -9,12 +9,10 @@ from collections.abc import Iterable
 import torch
 
 from quant.kernels.gpu.launch import device_facts
-from quant.kernels.gpu.plan import Layer, plan
+from quant.kernels.gpu.plan import LARGE_M, PLANS, Layer, plan
 from quant.kernels.gpu.program import Program, Step, compile_here
-from quant.kernels.gpu.tiles import BUCKETS
 
 MOST_JOBS = 16  # each holds a CUDA context
-LARGE_M = 2048  # tokens that stand for the open bucket
 
 
 def reason(step: Step) -> str | None:
@@ -37,4 +35,4 @@ def compile_all(steps: Iterable[Step], jobs: int | None = None) -> dict[Program,
 def steps_of(layers: Iterable[Layer]) -> list[Step]:
     """Every step that the layers take on the current device, for any number of tokens."""
     arch, processors = device_facts(torch.cuda.current_device())
-    return [step for layer in layers for most in BUCKETS for step in plan(layer, most or LARGE_M, arch, processors).steps]
+    return [step for layer in layers for most in PLANS for step in plan(layer, most or LARGE_M, arch, processors).steps]

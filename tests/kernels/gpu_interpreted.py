@@ -17,8 +17,8 @@ from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import a8w4, fp4, fp_channel, launch, w8a8, wna16
 from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
 from quant.kernels.gpu.jit.gemm import bfloat16_bits
-from quant.kernels.gpu.plan import plan_with
-from quant.kernels.gpu.program import run
+from quant.kernels.gpu.plan import DENSE_TOKENS, Layer, dense_plan, plan_with
+from quant.kernels.gpu.program import Plan, run
 from quant.kernels.gpu.tiles import Tile
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_gpu_programs.py"
@@ -37,7 +37,14 @@ def poisoned_memory():
 
 
 def tile(bm: int, bn: int, swap: bool = False, on_sum: bool = False) -> Tile:
-    return Tile(max_m=None, bm=bm, bn=bn, warps=4, stages=2, swap=swap, on_sum=on_sum)
+    return Tile(max_m=None, bm=bm, bn=bn, warps=4, stages=2, swap=swap, on_sum=on_sum, few=bm < 64)
+
+
+def launches(layer: Layer, shape: Tile | None, splits: int) -> Plan:
+    """Those of a tile; None: a dense weight and torch's product."""
+    return (
+        dense_plan(layer, "interpreter") if shape is None else plan_with(layer, shape, min(splits, layer.blocks), "interpreter")
+    )
 
 
 def relative(given: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -147,13 +154,15 @@ def test_float_tokens(bits, group, symmetric):
         (1, torch.float32, tile(16, 128, on_sum=True), 2),
         (17, torch.bfloat16, tile(32, 128, swap=True, on_sum=True), 1),
         (17, torch.float16, tile(32, 128), 1),
+        (3, torch.float16, None, 1),
+        (3, torch.bfloat16, None, 1),
     ]
     for m, dtype, shape, splits in cases:
         x = random_tokens(m, k, dtype)
         layer = wna16.layer_of(n, k, bits, group, dtype, None)
         y = torch.empty(m, n, dtype=dtype)
         out = y.view(torch.int16) if dtype == torch.bfloat16 else y
-        run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
+        run(launches(layer, shape, splits), {"x": x, "y": out, **tensors}, m)
         assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
 
 
@@ -176,12 +185,13 @@ def test_four_bit_floats(kind, n, k):
         (1, torch.float32, tile(16, 128), 2),
         (17, torch.bfloat16, tile(32, 128, swap=True), 1),
         (5, torch.float16, tile(16, 64), 1),
+        (3, torch.bfloat16, None, 1),
     ]:
         x = random_tokens(m, k, dtype)
         y = torch.empty(m, n, dtype=dtype)
         out = y.view(torch.int16) if dtype == torch.bfloat16 else y
         layer = fp4.layer_of(n, k, kind, dtype, None)
-        run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
+        run(launches(layer, shape, splits), {"x": x, "y": out, **tensors}, m)
         assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
 
 
@@ -206,12 +216,13 @@ def test_searched_floats(n, k, group, exponents):
         (1, torch.float32, tile(16, 128, on_sum=True), 2),
         (17, torch.bfloat16, tile(32, 128, swap=True, on_sum=True), 1),
         (17, torch.float16, tile(32, 128), 1),
+        (3, torch.bfloat16, None, 1),
     ]:
         x = random_tokens(m, k, dtype)
         y = torch.empty(m, n, dtype=dtype)
         out = y.view(torch.int16) if dtype == torch.bfloat16 else y
         layer = fp_channel.layer_of(n, k, group, dtype, None, False)
-        run(plan_with(layer, shape, min(splits, layer.blocks), "interpreter"), {"x": x, "y": out, **tensors}, m)
+        run(launches(layer, shape, splits), {"x": x, "y": out, **tensors}, m)
         assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
 
 
@@ -259,7 +270,7 @@ def test_four_bit_tokens(activation, dtype):
     assert relative(y.to(dtype), expected) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("m", [1, 17, 64])
+@pytest.mark.parametrize("m", [1, 17, 64, DENSE_TOKENS])
 def test_chosen_launches_serve_any_number_of_tokens(m):
     """The tables' own choice, K split where it says so, bias included."""
     n, k = 40, 1088

@@ -30,9 +30,9 @@ from quant.kernels.gpu.aot import compile_program
 from quant.kernels.gpu.cubin import parameters
 from quant.kernels.gpu.driver import CudaError, Driver
 from quant.kernels.gpu.layers import layer_of
-from quant.kernels.gpu.plan import Layer, plan_with
+from quant.kernels.gpu.plan import PLANS, Layer, plan_with
 from quant.kernels.gpu.program import run
-from quant.kernels.gpu.tiles import BUCKETS, Tile
+from quant.kernels.gpu.tiles import Tile
 
 N, K, GROUP = 130, 576, 96
 LAYER = a8w4.layer_of(N, K, GROUP, torch.bfloat16, torch.empty(N, dtype=torch.bfloat16))
@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of three programs for sm_80; not to be changed."""
     folder = tmp_path_factory.mktemp("out") / bundle.FOLDER
-    bundle.write(folder, {"sm_80": {LAYER: dict.fromkeys(BUCKETS, PLAN)}})
+    bundle.write(folder, {"sm_80": {LAYER: dict.fromkeys(PLANS, PLAN)}})
     return folder
 
 
@@ -86,7 +86,7 @@ def calls(cuda: Driver) -> list[str]:
 
 def test_the_bundle_reads_back_what_was_planned(made):
     found = bundle.read(made, 80)
-    assert found.launches == {LAYER: dict.fromkeys(BUCKETS, PLAN)}
+    assert found.launches == {LAYER: dict.fromkeys(PLANS, PLAN)}
     assert list(found.programs) == [step.program for step in PLAN.steps]
     for m in (1, 16, 17, 64, 65, 4096):
         assert bundle.plan_for(found, LAYER, m) == PLAN
