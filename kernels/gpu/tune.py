@@ -19,6 +19,7 @@ from quant.kernels.gpu.tiles import BUCKETS, Tile, Variant, read_table, table_pa
 
 # bucket -> problems [M, N, K]: many columns, few columns. The best tile for each is kept.
 PROBLEMS = {16: ((16, 16384, 4096), (16, 1024, 4096)), 64: ((64, 16384, 4096), (64, 1024, 4096)), None: ((2048, 4096, 4096),)}
+TIMED_ARCH = 90
 RELATIVE = {89: 80, 100: 90}  # related machine code: the second's winners are tried first
 Shape = tuple[int, int, int, int, str]  # BM, BN, warps, stages, operands that may come first: x, w
 # bucket -> rounds; a round is tried where no tile of the ones before it was sound. Wide tiles first: they read x less often.
@@ -35,26 +36,38 @@ SCALED_ROUNDS: dict[int | None, tuple[tuple[Shape, ...], ...]] = {
     64: (((64, 128, 8, 3, "xw"), (64, 64, 4, 4, "xw")),),
     None: (((128, 128, 8, 3, "xw"), (64, 64, 4, 4, "xw")),),
 }
-# Fastest of some 25 tiles and their splits of K on an H200, layers of 4096 x 4096 and 14336 x 4096, 16, 64 and 2048 tokens
-# (`python -m quant.eval.gpu_tiles --search`): weights first, so that the unpacked ones go to wgmma from registers. After them
-# tiles of another width for layers of another size. policy -> bucket -> (BM, BN, warps, stages, scale on the sum).
-WIDE = ((16, 128, 2, 4, True),)
-FEW_ROWS = ((128, 128, 8, 3, False), (64, 128, 8, 4, False))
-TIMED: dict[str, dict[int | None, tuple[tuple[int, int, int, int, bool], ...]]] = {
-    "dual4": {16: ((16, 64, 2, 6, False), *WIDE), 64: ((64, 128, 4, 4, False), (64, 64, 4, 5, False)), None: FEW_ROWS},
-    "bytes8": {
-        16: ((16, 64, 4, 4, False), *WIDE),
-        64: ((64, 64, 4, 5, False),),
-        None: ((128, 128, 4, 3, False), *FEW_ROWS[1:]),
-    },
-    "int8": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 64, 4, 3, False), (64, 128, 8, 3, False))},
-    "int4": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 128, 4, 3, False), (64, 64, 4, 3, True))},
-    "int3": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 128, 8, 3, False), (64, 64, 4, 3, True)), None: FEW_ROWS},
-    "int2": {16: ((16, 64, 2, 4, True), *WIDE), 64: ((64, 128, 8, 3, False), (64, 64, 4, 3, True)), None: FEW_ROWS},
-    "e2m1": {16: WIDE, 64: ((64, 128, 8, 3, False),)},
+# Fastest of the sound ones among some 25 tiles and their splits of K on an H200, for layers of 4096 x 4096 and 14336 x 4096 and
+# 1, 16, 64, 128, 256 and 2048 tokens (`python -m quant.eval.gpu_tiles --search`). Few rows of x are masked there.
+# policy -> bucket -> (BM, BN, warps, stages, operand that comes first, scale on the sum).
+Timed = tuple[int, int, int, int, str, bool]
+WIDE: Timed = (16, 128, 2, 4, "w", True)
+NARROW: Timed = (16, 64, 2, 4, "w", True)
+SPLIT_DOWN: tuple[Timed, ...] = ((128, 128, 8, 3, "x", False), (64, 64, 4, 4, "x", False))
+DUAL: dict[int | None, tuple[Timed, ...]] = {
+    16: (NARROW, WIDE),
+    64: ((64, 128, 4, 4, "w", False), (64, 64, 4, 5, "w", False)),
+    None: ((128, 128, 8, 3, "w", False), (64, 128, 4, 4, "w", False)),
 }
-TIMED |= {"dual4_pair": TIMED["dual4"], "float4": TIMED["int4"]}
-LARGE = ((256, 128, 8, 3, False), *FEW_ROWS)
+NIBBLES: dict[int | None, tuple[Timed, ...]] = {
+    16: (NARROW, WIDE),
+    64: ((64, 128, 4, 3, "x", True), (64, 64, 4, 4, "x", True)),
+    None: ((64, 128, 4, 3, "x", False), *SPLIT_DOWN),
+}
+TIMED: dict[str, dict[int | None, tuple[Timed, ...]]] = {
+    "dual4": DUAL,
+    "dual4_pair": DUAL,
+    "bytes8": {
+        16: ((16, 64, 4, 4, "w", False), WIDE),
+        64: ((64, 64, 4, 5, "w", False), (64, 128, 4, 4, "w", False)),
+        None: ((128, 128, 4, 3, "w", False), (64, 128, 4, 4, "w", False)),
+    },
+    "int8": NIBBLES,
+    "int4": NIBBLES,
+    "float4": NIBBLES,
+    "int3": {16: (WIDE,), 64: ((32, 128, 2, 4, "w", False), (64, 128, 4, 3, "x", True)), None: SPLIT_DOWN},
+    "int2": {16: (NARROW, WIDE), 64: ((32, 128, 4, 4, "x", True),), None: ((64, 128, 4, 4, "x", False), SPLIT_DOWN[1])},
+    "e2m1": {16: (WIDE,), 64: ((32, 128, 2, 4, "w", False), (64, 128, 4, 3, "x", False)), None: SPLIT_DOWN},
+}
 FLOAT32_ROUNDS: tuple[tuple[Shape, ...], ...] = (  # a rare guest
     ((16, 128, 4, 2, "x"),),
     ((16, 64, 2, 3, "x"),),
@@ -78,13 +91,14 @@ def rounds(variant: Variant, bucket: int | None) -> Iterator[list[Tile]]:
 
 
 def timed(variant: Variant, bucket: int | None) -> list[Tile]:
-    """The tiles of TIMED."""
+    """The tiles of TIMED; of float32 tokens, which were not timed, those that the table has."""
     if variant.compute == "fp32":
-        return []
+        return [tile_of(row) for row in read_table(TIMED_ARCH)["tiles"][variant.key] if row["max_m"] == bucket]
     scaled = POLICIES[variant.policy].scale_on_sum and not POLICIES[variant.policy].integer
+    few = bucket is not None
     return [
-        Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=True, on_sum=on_sum and scaled)
-        for bm, bn, warps, stages, on_sum in TIMED[variant.policy].get(bucket, LARGE)
+        Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum and scaled, few=few)
+        for bm, bn, warps, stages, first, on_sum in TIMED[variant.policy][bucket]
     ]
 
 
@@ -133,7 +147,7 @@ def tables(arch: int, policy: str, recount: bool = False) -> dict[str, list[dict
         for bucket in BUCKETS:
             kind = (variant.compute == "fp32", bucket)
             seeds = [tile_of(row) for row in relative.get(variant.key, ()) if row["max_m"] == bucket]
-            if arch == 90 and not recount:
+            if arch == TIMED_ARCH and not recount:
                 seeds = timed(variant, bucket)
             found = sound(arch, variant, seeds or searched.get(kind, ()))
             if not found:
