@@ -34,9 +34,9 @@ from quant.kernels.gpu.tiles import ARCHITECTURES
 from quant.kernels.gpu.warm import MOST_JOBS
 
 SHAPES = ((130, 576, 96), (1024, 4096, 128), (200, 640, 32))  # N, K, group: tails, a large layer, the smallest blocks
-TOKENS = (1, 16, 17, 64, 65, 200)
+TOKENS = (1, 16, 17, 64, 65, 200, 400)  # the last has a dense weight
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}  # relative norm, as in the tests of the kernels
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # relative norm: weights and sums are rounded
 
 
 @dataclass(frozen=True, kw_only=True)

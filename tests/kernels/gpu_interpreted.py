@@ -223,7 +223,8 @@ def test_searched_floats(n, k, group, exponents):
         out = y.view(torch.int16) if dtype == torch.bfloat16 else y
         layer = fp_channel.layer_of(n, k, group, dtype, None, False)
         run(launches(layer, shape, splits), {"x": x, "y": out, **tensors}, m)
-        assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
+        limit = ROUNDING[dtype] if shape is not None else 2 * ROUNDING[dtype]  # each weight is rounded, then the sum
+        assert relative(y, x.double() @ weight.t()) < limit, (m, dtype, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

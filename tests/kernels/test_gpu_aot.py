@@ -15,7 +15,7 @@ import triton
 
 from quant.kernels.gpu import aot, model, sass
 from quant.kernels.gpu.layout import POLICIES
-from quant.kernels.gpu.plan import Layer, plan, plan_with
+from quant.kernels.gpu.plan import Layer, dense_plan, plan, plan_with
 from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, read_table, tile_of
 
 EVERY_VARIANT = {variant.key for policy in POLICIES for variant in aot.variants(policy)}
@@ -89,6 +89,17 @@ def test_stored_counts_are_those_of_the_code(arch, key):
     if triton.__version__ == read_table(arch)["triton"]:
         assert dataclasses.asdict(row.counts) == stored["counts"]
         assert row.shared_bytes == stored["shared_bytes"]
+
+
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if not policy.integer])
+def test_dense_weights_compile(policy):
+    """Words run along K there too, 16 bytes of codes are loaded at a time, and nothing spills."""
+    variants = [variant for variant in aot.variants(policy) if variant.compute != "fp32"]
+    for variant, arch in zip((variants[0], variants[-1]), (90, 80), strict=True):
+        (step,) = dense_plan(aot.sample_layer(variant)).steps
+        built = aot.compile_program(step.program, arch)
+        assert aot.packs_along_k(built.ttgir, swap=True), variant.key
+        assert sass.spills(sass.disassemble(built.code)[0]) == 0
 
 
 def test_ragged_layers_and_split_k_compile():

@@ -235,7 +235,7 @@ DAMAGE = {
     "made from other kernel sources": (80, lambda f: edit(f, lambda m: m.update(sources="0" * 64))),
     "made by lowbit 9.9": (80, lambda f: edit(f, lambda m: m.update(lowbit="9.9"))),
     "made with triton 1.0": (80, lambda f: edit(f, lambda m: m.update(triton="1.0"))),
-    "bundle version 2 is unknown": (80, lambda f: edit(f, lambda m: m.update(version=2))),
+    "bundle version 1 is unknown": (80, lambda f: edit(f, lambda m: m.update(version=1))),
     "damaged: its SHA-256": (80, flip),
     "is missing": (80, lambda f: first_cubin(f).unlink()),
     "cannot be read": (80, lambda f: (f / bundle.MANIFEST).unlink()),

@@ -26,7 +26,7 @@ from quant.kernels.gpu.fp4 import GpuFp4, gpu_fp4
 from quant.kernels.gpu.fp_channel import GpuFpChannel
 from quant.kernels.gpu.launch import MAX_K
 from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, to_words, unpack_weight
-from quant.kernels.gpu.plan import Layer, plan
+from quant.kernels.gpu.plan import DENSE_ROWS, DENSE_TOKENS, Layer, plan
 from quant.kernels.gpu.w8a8 import DIVISOR, GpuW8A8, gpu_w8a8
 from quant.kernels.gpu.wna16 import GpuWnA16, gpu_wna16
 from quant.kernels.minifloat import E2M1
@@ -263,7 +263,13 @@ def test_every_layer_finds_launches_on_every_architecture():
     for arch in tiles.ARCHITECTURES:
         for layer in layers():
             for m in (1, 16, 17, 64, 65, 100_000):
-                steps = plan(layer, m, arch, 108).steps
+                chosen = plan(layer, m, arch, 108)
+                steps = chosen.steps
+                if chosen.dense:
+                    assert m >= DENSE_TOKENS
+                    assert [step.grid(m) for step in steps] == [(1, -(-layer.n // DENSE_ROWS), layer.blocks)]
+                    continue
+                assert m < DENSE_TOKENS or layer.x == "float32" or POLICIES[layer.policy].integer
                 gemm = next(step for step in steps if step.program.name == "gemm")
                 assert gemm.columns <= WIDEST
                 assert all(grid >= 1 for step in steps for grid in step.grid(m))
