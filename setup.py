@@ -87,7 +87,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.15",  # tensors, compile, operators
         "transformers>=5.16,<5.24",  # model classes, tokenizers, the loader that serving users call
-        "triton>=3.5,<3.10; platform_system == 'Linux'",  # GPU kernels and their ahead-of-time compilation
+        "triton>=3.6,<3.10; platform_system == 'Linux'",  # GPU kernels and their ahead-of-time compilation
         "accelerate>=1.10,<2",  # empty models on the meta device, device maps
         "datasets>=4,<6",  # calibration text from a hub
         "safetensors>=0.6,<1",  # weights are read and written by name, without unpickling

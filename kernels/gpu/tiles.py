@@ -2,7 +2,7 @@
 
 `sm_80.json` and so on: variant -> tiles, each beside the counts of its machine code and the time the cost model predicts for
 one layer. `python -m quant.kernels.gpu.aot --update` rewrites them. At run time `choose` ranks the few tiles that serve the
-number of tokens with the same model. No figure in these tables was timed on a GPU.
+number of tokens with the same model. No figure in these tables was timed on a GPU; which tiles sm_90 has was (`tune.py`).
 """
 
 from __future__ import annotations
