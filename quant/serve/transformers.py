@@ -83,7 +83,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         setattr(model, "_keys_to_ignore_on_load_unexpected", ignored)  # noqa: B010
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
-        """Experts are loaded one by one, not merged. transformers before 5.20 does not say for which model it asks."""
+        """Experts are loaded one by one, not merged. transformers 5.17 does not say for which model it asks."""
         return renamings(self.loading() if model is None else model, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
