@@ -29,6 +29,7 @@ from quant.resources import usable_device
 from quant.samples import data_identity
 
 OPEN, CLOSED = "[{(", "]})"
+NAMED = " = "  # after the name under which an entry is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_entries(text: str, common: Sequence[str] = ()) -> dict[str, Recipe]:
-    """Recipes of a list such as `rtn,gptq:format.bits=3:format.group=128`, by entry. common: overrides of all of them.
+    """Recipes of a list such as `rtn,W3 = gptq:format.bits=3:format.group=128`, by entry, or by the name before " = " that an
+    entry may have. common: overrides of all of them.
 
     `@FILE` stands for the lines of a file that do not begin with #. Raises ValueError in one line for a file that cannot be
     read, an unknown recipe or key, an entry given twice, and an empty list.
@@ -81,10 +83,11 @@ def read_entries(text: str, common: Sequence[str] = ()) -> dict[str, Recipe]:
         text = ",".join(line for line in read_lines(Path(text[1:])) if not line.startswith("#"))
     found: dict[str, Recipe] = {}
     for entry in split_outside(text, ","):
-        name, *overrides = split_outside(entry, ":")
-        if entry in found:
-            raise ValueError(f"--recipes names {entry} twice; give each recipe once")
-        found[entry] = load_recipe(name, [*common, *overrides])
+        shown, named, recipe = entry.partition(NAMED)
+        name, *overrides = split_outside(recipe if named else entry, ":")
+        if shown in found:
+            raise ValueError(f"--recipes names {shown} twice; give each recipe once")
+        found[shown] = load_recipe(name, [*common, *overrides])
     if not found:
         raise ValueError("--recipes is empty; give recipes with commas between, for instance rtn,gptq:format.bits=3,dgq")
     return found
@@ -167,7 +170,7 @@ def require_writable(*paths: Path | None) -> None:
     "--recipes",
     required=True,
     metavar="A,B:KEY=VALUE,...",
-    help="Recipes, each with its overrides after colons; @FILE: one a line.",
+    help="Recipes, each with its overrides after colons, and NAME = before it if you like; @FILE: one a line.",
 )
 @click.option("--calib", metavar="SOURCE", help="Calibration data of all recipes; as in the main job.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every recipe.")

@@ -119,11 +119,11 @@ def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
     bits = [made.bits_per_weight for _, made, _ in ready]
     panels = [("mean KL divergence (nats)", "log", [(got.kl_mean, got.kl_error or 0) for *_, got in ready])]
     if ready[0][2].ratio is not None:
-        panels.append(("perplexity / float", "linear", [(got.ratio or 0, got.ratio_error or 0) for *_, got in ready]))
+        panels.append(("perplexity / float", "log", [(got.ratio or 0, got.ratio_error or 0) for *_, got in ready]))
     elif ready[0][2].wer_change is not None:
         changes = [(100 * (got.wer_change or 0), 100 * (got.wer_change_error or 0)) for *_, got in ready]
         panels.append(("change of WER (points)", "linear", changes))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(8.5 * len(panels), 7.5), layout="constrained", squeeze=False)
     for axis, (title, scale, found) in zip(axes[0], panels, strict=True):
         values = [value for value, _ in found]
         axis.set_yscale(scale)
@@ -138,14 +138,21 @@ def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
         axis.set_ylabel(title)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
-        label(figure, axis, list(zip(bits, values, names, strict=True)))
+        if scale == "log":
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        named = range(len(ready)) if axis is axes[0][0] else best  # once is enough, where there are many
+        label(figure, axis, [(bits[i], values[i], names[i]) for i in named])
     figure.suptitle(f"{model}\n{about}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
 
 
 def label(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """A name beside each point, in the first of some places around it where it covers no other name and no point."""
+    """A name beside each point, in the first of some places around it where it covers no other name and no point.
+
+    From left to right and, at the same x, down.
+    """
     from matplotlib.patheffects import withStroke
 
     figure.draw_without_rendering()  # fixes the scales, so that text has a size
@@ -159,7 +166,7 @@ def label(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) ->
         inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1 and axis.bbox.y0 <= box.y0 and box.y1 <= axis.bbox.y1
         return inside and not any(map(box.overlaps, taken)) and not any(box.contains(*dot) for dot in dots)
 
-    for x, y, name in sorted(points):
+    for x, y, name in sorted(points, key=lambda point: (point[0], -point[1])):
         text = axis.annotate(name, (x, y), xytext=corners[0], textcoords="offset points", fontsize=8)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # readable where a line passes
         for dx, dy in (*places, corners[0]):

@@ -46,12 +46,17 @@ class Judge(Protocol):
         ...
 
 
+def shown(source: str) -> str:
+    """A data source without the folders of its absolute path."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 class TextJudge:
     """Perplexity and divergence on windows [W, L] of a text."""
 
     def __init__(self, source: Path, corpus: str, windows: Tensor, dtype: str, device: str) -> None:
         self.source, self.windows, self.dtype, self.device = source, windows, dtype, device
-        self.about = f"text: {corpus}, {len(windows)} windows of {windows.shape[1]} tokens, {dtype}"
+        self.about = f"text: {shown(corpus)}, {len(windows)} windows of {windows.shape[1]} tokens, {dtype}"
         digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
         self.identity = identity_of([digest, list(windows.shape), dtype, device, loading.versions()])
 
@@ -87,7 +92,7 @@ class SpeechJudge:
         self.source, self.language, self.dtype, self.device = source, language, dtype, device
         self.processor = AutoProcessor.from_pretrained(source)
         self.clips = clips(audio, limit, seconds=None)
-        self.about = f"speech: {audio}, {len(self.clips)} clips, {dtype}"
+        self.about = f"speech: {shown(audio)}, {len(self.clips)} clips, {dtype}"
         digest = hashlib.sha256()
         for clip in self.clips:
             digest.update(clip.samples.tobytes() + repr(clip.text).encode())

@@ -53,6 +53,9 @@ def test_entries(tmp_path: Path) -> None:
     assert second.rules[0].match == "a*"
     (tmp_path / "list").write_text("# weights only\nrtn\ngptq:format.bits=3:rules=[{match: 'a*', skip: true}]\n")
     assert read_entries(f"@{tmp_path / 'list'}", ["seed=5"]) == found
+    named = read_entries("plain = rtn, W3 = gptq:format={name: int_group, bits: 3}", [])
+    assert [(name, recipe.name) for name, recipe in named.items()] == [("plain", "rtn"), ("W3", "gptq")]
+    assert named["W3"].format["bits"] == 3
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,7 @@ def test_entries(tmp_path: Path) -> None:
         ("rtn,gptq:formt.bits=3", "no key 'formt'; did you mean 'format'?"),
         ("rtn:format.bits", "has no '='"),
         ("rtn,rtn", "names rtn twice"),
+        ("a = rtn,a = gptq", "names a twice"),
         (" , ", "--recipes is empty"),
         ("@none.txt", "names the file none.txt, which cannot be read"),
     ],
