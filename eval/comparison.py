@@ -158,7 +158,7 @@ def label(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) ->
     figure.draw_without_rendering()  # fixes the scales, so that text has a size
     renderer = figure.canvas.get_renderer()
     dots = [axis.transData.transform((x, y)) for x, y, _ in points]
-    corners = [(7, 5), (7, -12), (-7, 5), (-7, -12)]
+    corners = [(7, 5), (-7, 5), (7, -12), (-7, -12)]
     places = [*corners, *((side * 7, step * 13) for step in (2, -2, 3, -3, 4, -4) for side in (1, -1))]
     taken: list[Any] = []
 
