@@ -72,6 +72,16 @@ class Try:
         return plan_with(self.layer, self.tile, self.splits)
 
 
+def searched(policy: str, bucket: int | None, on_sum: bool) -> Iterator[Tile]:
+    """The tiles of SEARCHED; where weights come first and tokens are few, with the group scale on the sum and without."""
+    scaled = POLICIES[policy].scale_on_sum and not POLICIES[policy].integer and bucket is not None
+    for bm, bn, warps, stages, left in SEARCHED[bucket]:
+        for first in left:
+            for on in {scaled, False} if first == "w" else (on_sum,):
+                swap, few = first == "w", bucket is not None
+                yield Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=swap, on_sum=on, few=few)
+
+
 def tries(name: str, layer: Layer, m: int, search: bool) -> Iterator[Try]:
     """What is timed. K is split for few tokens only, as `choose` does."""
     arch, processors = device_facts(torch.cuda.current_device())
@@ -81,17 +91,8 @@ def tries(name: str, layer: Layer, m: int, search: bool) -> Iterator[Try]:
     for row in rows:
         tiles[tile_of(row)] = model.from_row(row, variant.compute, variant.block, variant.block_bytes(row["bn"]))
     if search:
-        scaled = POLICIES[variant.policy].scale_on_sum and bucket is not None
-        for bm, bn, warps, stages, left in SEARCHED[bucket]:
-            for first in left:
-                for on_sum in (
-                    {scaled and not POLICIES[variant.policy].integer, False} if first == "w" else {next(iter(tiles)).on_sum}
-                ):
-                    few = bucket is not None
-                    found = Tile(
-                        max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum, few=few
-                    )
-                    tiles.setdefault(found, None)
+        for tile in searched(variant.policy, bucket, next(iter(tiles)).on_sum):
+            tiles.setdefault(tile, None)
     for tile, trip in tiles.items():
         for splits in SPLITS if bucket is not None else (1,):
             programs = -(-m // tile.bm) * -(-layer.n // tile.bn) * splits
