@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -31,12 +30,12 @@ from quant.kernels.gpu import bundle, deployed
 from quant.kernels.gpu.layers import layer_of
 from quant.kernels.gpu.plan import Layer
 from quant.kernels.gpu.tiles import ARCHITECTURES
-from quant.kernels.gpu.warm import MOST_JOBS
+from quant.kernels.gpu.warm import processes
 
 SHAPES = ((130, 576, 96), (1024, 4096, 128), (200, 640, 32))  # N, K, group: tails, a large layer, the smallest blocks
 TOKENS = (1, 16, 17, 64, 65, 200, 400)  # the last has a dense weight
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # relative norm: weights and sums are rounded
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}  # relative norm, as in the tests of the kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +166,7 @@ def main() -> int:
         return 2
     arch = int("{}{}".format(*torch.cuda.get_device_capability()))
     print(f"{torch.cuda.get_device_name()}, sm_{arch}, torch {torch.__version__}, triton {bundle.installed('triton')}")
-    failed = run_all("triton", DTYPES, "cuda", min(os.cpu_count() or 1, MOST_JOBS))
+    failed = run_all("triton", DTYPES, "cuda", processes())
     if arch in ARCHITECTURES:
         failed += run_bundle(arch, torch.bfloat16)
     else:

@@ -15,6 +15,11 @@ from quant.kernels.gpu.program import Program, Step, compile_here
 MOST_JOBS = 16  # each holds a CUDA context
 
 
+def processes() -> int:
+    """How many compile at once: one a core."""
+    return min(os.cpu_count() or 1, MOST_JOBS)
+
+
 def reason(step: Step) -> str | None:
     """Compile one program; why it cannot be, or None."""
     try:
@@ -27,7 +32,7 @@ def reason(step: Step) -> str | None:
 def compile_all(steps: Iterable[Step], jobs: int | None = None) -> dict[Program, str]:
     """Compile the steps' programs; program -> reason of those that failed. jobs: processes, None: one a core."""
     unique = list({step.program: step for step in steps}.values())
-    with multiprocessing.get_context("spawn").Pool(jobs or min(os.cpu_count() or 1, MOST_JOBS)) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs or processes()) as pool:
         reasons = pool.map(reason, unique, chunksize=4)
     return {step.program: why for step, why in zip(unique, reasons, strict=True) if why is not None}
 
