@@ -18,7 +18,7 @@ from quant.kernels.format import Codes, Fields
 from quant.linear import PackedLinear
 
 REACH = 3.0  # of a latent's move, in units of the row's RMS gradient: one outlier token must not throw codes about
-CONTINUOUS = (torch.float16, torch.bfloat16, torch.float32)
+CONTINUOUS = (torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32)
 
 
 class Trained(nn.Module):
@@ -33,7 +33,7 @@ class Trained(nn.Module):
         self.codes = found.codes
         self.start = dict(found.params)
         self.inputs = {name: fields[name] for name in self.activation.fields(self.k)}
-        moving = [name for name, value in self.start.items() if value.dtype in CONTINUOUS]
+        moving = [name for name, value in self.start.items() if value.dtype in CONTINUOUS and name not in self.format.whole]
         self.theta = nn.ParameterDict({name: torch.zeros_like(self.start[name], dtype=torch.float32) for name in moving})
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float())
         self.dense = torch.empty(0)
@@ -43,8 +43,10 @@ class Trained(nn.Module):
         """The format's parameters as they would be stored, differentiable in theta."""
         found = dict(self.start)
         for name, theta in self.theta.items():
+            dtype = self.start[name].dtype
             value = self.start[name].float() * theta.exp()
-            found[name] = value + (value.to(self.start[name].dtype).float() - value).detach()
+            stored = value.clamp(max=torch.finfo(dtype).max).to(dtype).float()  # NVFP4 starts its largest scale there
+            found[name] = value + (stored - value).detach()
         return found
 
     def weight(self, codes: Tensor) -> Tensor:
