@@ -26,7 +26,12 @@ def turn(request: str) -> None:
 
     asked: dict[str, Any] = json.loads(request)
     length = asked["prompt"] + asked["new"]
-    engine = {"dtype": "bfloat16", "max_model_len": length, "max_num_seqs": asked["requests"], "enable_prefix_caching": False}
+    engine = {
+        "dtype": asked["dtype"],
+        "max_model_len": length,
+        "max_num_seqs": asked["requests"],
+        "enable_prefix_caching": False,
+    }
     llm = LLM(asked["folder"], enforce_eager=asked["eager"], **engine)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, llm.get_tokenizer().vocab_size, (asked["requests"], asked["prompt"]), generator=draw).tolist()
@@ -65,10 +70,13 @@ def measure(request: dict[str, Any]) -> list[float]:
 @click.option("--turns", default=2, show_default=True, help="Engines per folder.")
 @click.option("--repeats", default=3, show_default=True, help="Timed runs per engine.")
 @click.option("--eager", is_flag=True, help="Without torch.compile.")
-def main(folders: tuple[str, ...], requests: int, prompt: int, new: int, turns: int, repeats: int, eager: bool) -> None:
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True, help="Of tokens.")
+def main(
+    folders: tuple[str, ...], requests: int, prompt: int, new: int, turns: int, repeats: int, eager: bool, dtype: str
+) -> None:
     """New tokens per second, prefill included: median and range over all repeats, and the first folder over each other."""
     rates: dict[str, list[float]] = {folder: [] for folder in folders}
-    sizes = {"requests": requests, "prompt": prompt, "new": new, "repeats": repeats, "eager": eager}
+    sizes = {"requests": requests, "prompt": prompt, "new": new, "repeats": repeats, "eager": eager, "dtype": dtype}
     for _ in range(turns):
         for folder in folders:
             rates[folder] += measure({"folder": folder, **sizes})
