@@ -176,7 +176,11 @@ def source_hash(policy: str) -> str:
     """Digest of all that the counts of a policy depend on, the version of Triton apart: the Triton sources, those that only
     other policies use left out, and the programs that the plan makes of them."""
     digest = hashlib.sha256()
-    foreign = {known.module for known in POLICIES.values()} - {"unpack", POLICIES[policy].module} | {"activation", "dense"}
+    foreign = {known.module for known in POLICIES.values()} - {"unpack", POLICIES[policy].module} | {
+        "activation",
+        "dense",
+        "fp4_native",
+    }
     for path in sorted((Path(__file__).parent / "jit").glob("*.py")):
         if path.stem not in foreign:
             digest.update(path.read_bytes())

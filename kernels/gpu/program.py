@@ -24,7 +24,7 @@ Value = int | bool | str | None
 class Program:
     """One compiled function. Hashable; all fields are plain values."""
 
-    name: str  # gemm, combine, quantize, dequantize
+    name: str  # of `function`
     signature: tuple[tuple[str, str], ...]  # run-time arguments in order with Triton types: ("x_ptr", "*bf16"), ("M", "i32")
     constants: tuple[tuple[str, Value], ...]  # every other argument; UNPACK is the name of a policy
     aligned: tuple[str, ...]  # arguments that are multiples of 16, pointers included: loads shrink without it
@@ -76,9 +76,10 @@ Launch = Callable[[Step, Mapping[str, Tensor | int], int], None]  # step, its ar
 @functools.cache
 def function(name: str) -> Any:
     """The Triton function of a program."""
-    from quant.kernels.gpu.jit import activation, dense, gemm
+    from quant.kernels.gpu.jit import activation, dense, fp4_native, gemm
 
     known = {"gemm": gemm.gemm, "combine": gemm.combine, "quantize": activation.quantize_rows, "dequantize": dense.dequantize}
+    known |= {"fp4_tokens": fp4_native.fp4_tokens, "fp4_gemm": fp4_native.fp4_gemm}
     return known[name]
 
 

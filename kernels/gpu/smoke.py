@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from quant.kernels.activation import Activation
+from quant.kernels.activation import Activation, from_config
 from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, choose
@@ -57,7 +57,8 @@ def cases() -> Iterator[Case]:
         yield Case(n=n, k=k, format=Int4Dual(group=group), activation=Int8Token())
         yield Case(n=n, k=k, format=IntGroup(bits=8, group=-1, symmetric=True), activation=Int8Token())
         for kind in ("mxfp4", "nvfp4"):
-            yield Case(n=n, k=k, format=Fp4Block(kind=kind), activation=Unquantized())
+            for activation in (Unquantized(), from_config(kind)):
+                yield Case(n=n, k=k, format=Fp4Block(kind=kind), activation=activation)
         for length in (group, -1):
             yield Case(n=n, k=k, format=FpChannel(group=length), activation=Unquantized())
         for bits in (2, 3, 4, 8):
@@ -85,7 +86,9 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Result:
     if spec.device == "cuda" and kernel.name == "reference":
         print("no GPU kernel:", "; ".join(f"{name} {reason}" for name, reason in refusals.items()))
         return Result(kernel=kernel.name, error=float("inf"), repeats=False)
-    prepared = kernel.prepare({name: t.to(device) for name, t in case.format.pack(codes).items()}, spec)
+    sample = torch.randn(1024, case.k, generator=generator)
+    inputs = case.activation.fit(sample, sample.abs().amax(0))
+    prepared = kernel.prepare({name: t.to(device) for name, t in (case.format.pack(codes) | inputs).items()}, spec)
     weight = case.format.dequantize(codes).double()
     error, repeats = 0.0, True
     torch.use_deterministic_algorithms(True)  # torch then fills fresh memory with NaN
@@ -93,7 +96,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Result:
         for m in TOKENS:
             x = torch.randn(m, case.k, generator=generator).to(dtype)
             first, second = (kernel.matmul(x.to(device), prepared, bias.to(device), spec) for _ in range(2))
-            wanted = case.activation.quantize(x, {}).double() @ weight.t() + bias.double()
+            wanted = case.activation.quantize(x, inputs).double() @ weight.t() + bias.double()
             off = float((first.double().cpu() - wanted).norm() / wanted.norm())
             error = max(error, off if off == off else float("inf"))
             repeats = repeats and torch.equal(first, second)

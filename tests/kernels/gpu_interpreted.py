@@ -13,13 +13,14 @@ from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
-from quant.kernels.formats.int_group import IntGroup
-from quant.kernels.gpu import a8w4, fp4, fp_channel, launch, w8a8, wna16
+from quant.kernels.formats.int_group import IntGroup, unpack_bits
+from quant.kernels.gpu import a8w4, fp4, fp4_native, fp_channel, launch, w8a8, wna16
 from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
 from quant.kernels.gpu.jit.gemm import bfloat16_bits
 from quant.kernels.gpu.plan import DENSE_TOKENS, Layer, dense_plan, plan_with
 from quant.kernels.gpu.program import Plan, run
 from quant.kernels.gpu.tiles import Tile
+from quant.kernels.minifloat import E2M1
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_gpu_programs.py"
 FACTS = (80, 108)
@@ -340,3 +341,80 @@ def test_bfloat16_rounding_equals_torch():
     got, expected = y.view(torch.bfloat16), x.to(torch.bfloat16)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got[~got.isnan()].view(torch.int16), expected[~got.isnan()].view(torch.int16))
+
+
+def native_codes(x, activation, divisor):
+    """(values uint8 codes [M, K], scale bytes [M, K / G]) that the token program makes."""
+    m, k = x.shape
+    group = 16 if divisor is not None else 32
+    four_six = isinstance(activation, NvFp4) and activation.four_six
+    step = fp4_native.tokens_step(k, activation.name, launch.dtype_name(x.dtype), four_six)
+    q, scale = torch.empty(m, k // 2, dtype=torch.uint8), torch.empty(m, k // group, dtype=torch.uint8)
+    run(Plan(steps=(step,), scratch=()), {"x": x, "divisor": divisor, "q": q, "q_scale": scale}, m)
+    return q, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [MxFp4(), NvFp4(), NvFp4(four_six=True)], ids=str)
+def test_native_tokens_are_those_of_the_rule(activation, dtype):
+    """Bit for bit; K in two programs, the second one ragged; every kind of size; a token with an infinity is not finite."""
+    fmt, (m, k) = Fp4Block(kind=activation.name), (4, 2048 + 96)
+    generator = torch.Generator().manual_seed(5)
+    x = (torch.randn(m, k, generator=generator) * torch.logspace(-4, 4, m).unsqueeze(1)).to(dtype)
+    x[0, :32] = 0
+    x[1, 40] = float("nan")
+    x[2, 40] = float("inf")
+    inputs = activation.fit(x.float(), torch.tensor([3.0]))
+    divisor = inputs.get("input_global_scale")
+    q, scale = native_codes(x, activation, divisor)
+    params = {"weight_scale": scale} if divisor is None else {"weight_scale": scale.view(torch.float8_e4m3fn)}
+    seen = fmt.dequantize(fmt.unpack({"weight_packed": q, "weight_global_scale": divisor, **params}, m, k))
+    wanted = activation.quantize(x, inputs)
+    spoiled = torch.zeros(m, k, dtype=torch.bool)
+    spoiled[1:3, 32:64] = True
+    if divisor is not None:
+        spoiled[1:3, 48:64] = False
+        assert bool(seen[1:3, 32:48].isnan().all())
+    else:
+        assert scale[1:3, 1].tolist() == [255, 255]
+    assert torch.equal(seen[~spoiled], wanted[~spoiled])
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "processors", "splits"), [(1, 130, 288, 64, 2), (17, 72, 544, 1, 1), (64, 40, 96, 9, 1)]
+)
+def test_native_four_bit_products(m, n, k, processors, splits):
+    """mxfp4 against float64, tails of M, N and K, one part of K and several."""
+    fmt, activation = Fp4Block(kind="mxfp4"), MxFp4()
+    generator = torch.Generator().manual_seed(n + m)
+    fields = fmt.pack(fmt.nearest(torch.randn(n, k, generator=generator)))
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda")
+    prepared = fp4_native.GpuFp4Native().prepare(fields, spec)
+    weight = fmt.dequantize(fmt.unpack(fields, n, k)).double()
+    dtype = torch.bfloat16 if m == 17 else torch.float32
+    x, bias = random_tokens(m, k, dtype), torch.randn(n, generator=generator)
+    y = fp4_native.multiply(x, *prepared, None, bias, False, processors)
+    assert relative(y, activation.quantize(x, {}).double() @ weight.t() + bias.double()) < ROUNDING[dtype]
+    assert fp4_native.parts(m, n, k, processors)[1] == splits
+
+
+def test_native_blocks_of_sixteen():
+    """The interpreter takes E4M3 bytes for powers of two, so this is about which block a byte belongs to."""
+    m, n, k = 17, 130, 304
+    generator = torch.Generator().manual_seed(3)
+    fmt, activation = Fp4Block(kind="nvfp4"), NvFp4()
+    fields = fmt.pack(fmt.nearest(torch.randn(n, k, generator=generator)))
+    fields["input_global_scale"] = torch.ones(1)
+    x = random_tokens(m, k, torch.float32)
+    q, scale = native_codes(x, activation, fields["input_global_scale"])
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda")
+    weight, weight_scale, row_scale, divisor, whole = fp4_native.GpuFp4Native().prepare(fields, spec)
+
+    def as_powers(packed, scales):
+        codes = unpack_bits(packed, 4, k)
+        powers = torch.exp2(scales.double() - 127).repeat_interleave(16, 1)
+        return E2M1.decode(codes).double() * powers
+
+    wanted = as_powers(q, scale) @ as_powers(weight, weight_scale).t() / whole.double()
+    y = fp4_native.multiply(x, weight, weight_scale, row_scale, divisor, None, False, 1)
+    assert relative(y, wanted) < ROUNDING[torch.float32]

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 
 import triton
 
-from quant.kernels.gpu import aot, model, sass
+from quant.kernels.gpu import aot, fp4_native, model, sass
 from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.plan import Layer, dense_plan, plan, plan_with
 from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, read_table, tile_of
@@ -115,6 +115,15 @@ def test_ragged_layers_and_split_k_compile():
     for program in programs:
         code, _ = sass.disassemble(aot.compile_program(program, 90).code)
         assert not any(i.base in ("LDL", "STL") for i in code), program.name
+
+
+@pytest.mark.parametrize(("arch", "kind", "instruction"), [(100, "nvfp4", "UTCOMMA"), (120, "mxfp4", "OMMA")])
+def test_four_bit_tokens_meet_four_bit_weights_in_the_tensor_cores(arch, kind, instruction):
+    """For 16 tokens too: no multiplication of unpacked numbers, no spills."""
+    for step in fp4_native.plan(4096, 4096, kind, "bfloat16", None, True, 16, 1).steps:
+        code, _ = sass.disassemble(aot.compile_program(step.program, arch).code)
+        assert sass.spills(code) == 0
+    assert {i.base for i in code if "MMA" in i.base} == {instruction}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quant.kernels.activation import Activation
 from quant.kernels.activations.fp_shift import FpShift
 from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec, choose
@@ -20,9 +21,10 @@ from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
-from quant.kernels.gpu import tiles
+from quant.kernels.gpu import launch, tiles
 from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
 from quant.kernels.gpu.fp4 import GpuFp4, gpu_fp4
+from quant.kernels.gpu.fp4_native import GpuFp4Native
 from quant.kernels.gpu.fp_channel import GpuFpChannel
 from quant.kernels.gpu.launch import MAX_K
 from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, to_words, unpack_weight
@@ -123,6 +125,22 @@ def test_the_fp4_layout_means_the_same_weights(kind):
             scale = (1 + (byte & 7) / 8) * 2.0 ** ((byte >> 3) - 15)
             value = (1 - 2 * (code >> 3)) * float(E2M1.magnitudes[code & 7])
             assert value * scale * 2.0**-14 * float(row_scale[row]) == pytest.approx(float(expected[row, column]), rel=1e-6)
+
+
+@pytest.mark.parametrize("activation", [MxFp4(), NvFp4(four_six=True)], ids=str)
+def test_four_bit_tensor_cores_keep_the_stored_bytes(monkeypatch, activation):
+    """Layers of their own tokens only, on GPUs that have them; a row's scale undoes both divisors."""
+    s = fp4_spec(activation.name, 33, 96, activation)
+    fields = s.format.pack(s.format.nearest(torch.randn(33, 96))) | activation.fit(torch.ones(1, 96), torch.full((96,), 3.0))
+    assert_restored(GpuFp4Native(), fields, s)
+    divisor = fields.get("weight_global_scale", torch.ones(1)) * fields.get("input_global_scale", torch.ones(1))
+    assert torch.equal(GpuFp4Native().prepare(fields, s)[2], torch.ones(33) / divisor)
+    monkeypatch.setattr(launch, "device_refuses", lambda spec: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for capability, served in (((9, 0), False), ((10, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert (GpuFp4Native().refuses(s) is None) == served
+    assert "tokens with" in (GpuFp4Native().refuses(fp4_spec(activation.name)) or "")
 
 
 @pytest.mark.parametrize("exponents", [1, 2, 3])
