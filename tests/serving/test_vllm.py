@@ -125,6 +125,24 @@ def qwen2_audio(folder: Path, tiny: ModuleType) -> Path:
     return folder
 
 
+def dense(packed: Path, folder: Path) -> Path:
+    """The float checkpoint of a packed one's dequantized weights, as any engine reads it."""
+    model: Any = quant.load(packed, dtype=torch.float32)
+    config = type(model.config).from_pretrained(packed)
+    del config.quantization_config
+    plain = type(model)(config)
+    for name, value in plain.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        value.data.copy_(getattr(model.get_submodule(owner), leaf))
+    plain.save_pretrained(folder)
+    for file in packed.glob("*token*"):
+        shutil.copy(file, folder)
+    for name in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
+        if (packed / name).is_file():
+            shutil.copy(packed / name, folder)
+    return folder
+
+
 def request(folder: Path, **engine: Any) -> dict[str, Any]:
     return {"engine": {"model": str(folder), "dtype": "float32", **engine}, "prompts": PROMPTS, "tokens": NEW}
 
@@ -181,6 +199,8 @@ def folders(pack: Any, tiny: ModuleType, tmp_path_factory: pytest.TempPathFactor
     spoiled("norm", tensors=lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
     found["whisper"] = pack(whisper(root / "whisper-float", tiny), root / "whisper", with_table)
     found["audio"] = pack(qwen2_audio(root / "audio-float", tiny), root / "audio", in_language_model)
+    for name in ("tied", "untied", "whisper", "audio"):
+        found[f"{name}-dense"] = dense(found[name], root / f"{name}-dense")
     np.save(root / "wave.npy", (0.3 * np.sin(np.arange(24_000) / 9)).astype(np.float32))
     found["wave"] = root / "wave.npy"
     return found
@@ -190,9 +210,10 @@ def folders(pack: Any, tiny: ModuleType, tmp_path_factory: pytest.TempPathFactor
 def served(engines: Engines, folders: dict[str, Path]) -> dict[str, Any]:
     """One process, engine after engine."""
     runs = {name: request(folder) for name, folder in folders.items() if name != "wave"}
-    runs["whisper"] |= {"prompts": [[1, 5, 9]], "audio": [str(folders["wave"])]}
-    runs["whisper"]["engine"] |= {"max_model_len": 40, "max_num_batched_tokens": 1500}
-    runs["audio"]["engine"]["limit_mm_per_prompt"] = {"audio": 0}
+    for kind in ("", "-dense"):
+        runs[f"whisper{kind}"] |= {"prompts": [[1, 5, 9]], "audio": [str(folders["wave"])]}
+        runs[f"whisper{kind}"]["engine"] |= {"max_model_len": 40, "max_num_batched_tokens": 1500}
+        runs[f"audio{kind}"]["engine"]["limit_mm_per_prompt"] = {"audio": 0}
     runs["kernel"] = request(folders["untied"]) | {"environment": {"LOWBIT_KERNEL": "none"}}
     runs["norm"]["engine"]["model_loader_extra_config"] = {"enable_weights_track": True}
     return engines(runs)
@@ -201,6 +222,18 @@ def served(engines: Engines, folders: dict[str, Path]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_llama_is_what_quant_load_computes(served: dict[str, Any], folders: dict[str, Path], name: str) -> None:
     require_equal(quant.load(folders[name], dtype=torch.float32), served[name], within=1e-3)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "whisper", "audio"])
+def test_packed_weights_answer_as_dense_ones(served: dict[str, Any], name: str) -> None:
+    """vLLM on the float checkpoint of the dequantized weights: the same greedy tokens, log-probabilities within 0.005."""
+    packed, plain = served[name], served[f"{name}-dense"]
+    assert isinstance(packed, list), packed
+    assert isinstance(plain, list), plain
+    for mine, theirs in zip(packed, plain, strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        pairs = zip(mine["prompt"] + mine["logprobs"], theirs["prompt"] + theirs["logprobs"], strict=True)
+        assert max(abs(a - b) for a, b in pairs) < 0.005
 
 
 def test_rounded_tokens_are_near(served: dict[str, Any], folders: dict[str, Path]) -> None:
