@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from quant.plan import Plan
@@ -9,8 +10,7 @@ from quant.plan import Plan
 CARD = """---
 library_name: lowbit
 tags: [quantized, {recipe}]
-base_model: {source}
----
+{base}---
 
 # {name}
 
@@ -43,6 +43,7 @@ def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
     return CARD.format(
         recipe=plan.recipe.name,
+        base="" if plan.given.startswith("demo:") or Path(plan.given).exists() else f"base_model: {plan.given}\n",  # a hub id
         source=plan.given,
         name=name,
         description=plan.recipe.description,

@@ -20,6 +20,7 @@ VERBS = {
     "inspect": "quant.show:command",
     "compile": "quant.deploy:command",
     "export": "quant.export.command:command",
+    "push": "quant.hub:command",
 }
 NO_MODEL = "no model given; give a folder, a hub id or demo:smollm2-135m, or use --list or --help"
 
@@ -69,6 +70,7 @@ EPILOG = "Verbs: " + ", ".join(f"quantize {verb}" for verb in VERBS) + "; each h
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say what would happen; write nothing.")
 @click.option("--list", "only_list", is_flag=True, help="Recipes and demo models.")
+@click.option("--push-to", metavar="REPO", help="Publish the result on the Hugging Face Hub; see quantize push.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def job(
     model: str | None,
@@ -81,6 +83,7 @@ def job(
     threads: int | None,
     only_plan: bool,
     only_list: bool,
+    push_to: str | None,
     quiet: bool,
 ) -> None:
     """Quantize MODEL (a folder, a hub id, or demo:NAME) and write a folder that loads where you serve."""
@@ -104,6 +107,7 @@ def job(
         torch.set_num_threads(threads)
     from transformers.utils import logging
 
+    from quant import hub
     from quant.api import compile_folder, find_recipe, require_free
     from quant.checkpoint import safe_name
     from quant.plan import make_plan
@@ -117,6 +121,8 @@ def job(
     where = usable_device(device, here=measures or not only_plan)
     if not only_plan:
         require_free(target)
+        if push_to is not None:
+            hub.require_access(push_to)
     recipe = find_recipe(model, recipe_name, bits, sets, where, say)
     plan = make_plan(model, recipe, say, where)
     if plan.note:
@@ -137,6 +143,8 @@ def job(
         from quant.show import print_result
 
         print_result(console, target)
+    if push_to is not None:
+        say(hub.push(target, push_to, say=say))
 
 
 def list_all(console: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from quant.checkpoint import check_layers, read_config
 from quant.kernels.gpu import deployed
-from quant.models import index, model_class
+from quant.models import index, model_class, resolve
 from quant.resources import usable_device
 from quant.stacks import disk_names, skeleton, unfilled
 
@@ -23,7 +23,7 @@ def load(
     compile: bool | None = None,  # noqa: A002  # the word that torch users know
     cache: str = "float",
 ) -> Any:
-    """The packed model in `path` in eval mode.
+    """The packed model in `path`, a folder or a hub id, in eval mode.
 
     dtype: of everything that is not packed (None: as in config.json; on a CPU, float16 becomes bfloat16, which CPUs
     compute in). device: any torch device. compile: whether `generate` runs compiled graphs (quant/runtime, CPUs only); True
@@ -36,11 +36,9 @@ def load(
     from quant.serve import hook
 
     hook.install()
-    folder = Path(path)
     if device is not None:
         usable_device(str(device))
-    if not folder.is_dir():
-        raise ValueError(f"{path} is not a folder; give the folder that quantize wrote")
+    folder = Path(path) if Path(path).is_dir() else resolve(path)
     config = read_config(folder)
     tensors = index(folder)
     auto, cls = model_class(folder)

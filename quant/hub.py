@@ -1,0 +1,109 @@
+"""`quantize push OUT REPO`: a quantized folder on the Hugging Face Hub, in one commit.
+
+The model card, the recipe and the report go along. Where they name local files (a checkpoint, a calibration text), only the
+name of the file is published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+TEXTS = ("README.md", "recipe.yaml", "report.json")  # may name local files
+T = TypeVar("T")
+
+
+@contextmanager
+def told(repo: str) -> Iterator[None]:
+    """What the Hub or the network refuses, as one line."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.LocalTokenNotFoundError:
+        raise ValueError("no token for the Hub; run hf auth login, or set HF_TOKEN to a token that may write") from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{repo!r} is no name of a repository ({str(error).splitlines()[0]}); give NAMESPACE/NAME") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        why = {401: "the token is not valid", 403: "the token may not write there", 404: "it does not exist"}
+        said = error.server_message or str(error).splitlines()[0]
+        raise ValueError(f"the Hub refuses {repo} ({status}: {why.get(status, said)}); see hf auth whoami") from None
+    except errors.HTTPError as error:  # of httpx: no answer at all
+        raise ValueError(f"cannot reach the Hub ({error}); the folder is kept, run quantize push later") from None
+
+
+def require_access(repo: str) -> str:
+    """The user of the token, before a long run; ValueError in one line where there is none or `repo` is no name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    with told(repo):
+        validate_repo_id(repo)
+        return str(HfApi().whoami()["name"])
+
+
+def local_names(folder: Path) -> dict[str, str]:
+    """Paths of this machine that the folder's texts hold -> the names to publish."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    given = (report.get("source"), recipe.get("calibration", {}).get("source"))
+    return {text: Path(text).name for text in given if text and Path(text).exists()}
+
+
+def published(folder: Path) -> dict[str, Path | bytes]:
+    """Every file of the folder by its name in the repository."""
+    names = sorted(local_names(folder).items(), key=lambda pair: -len(pair[0]))
+    out: dict[str, Path | bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_dir() or any(part.startswith(".") for part in relative.parts):
+            continue
+        out[relative.as_posix()] = path
+        if relative.as_posix() in TEXTS:
+            text = path.read_text(encoding="utf-8")
+            for local, name in names:
+                text = text.replace(local, name)
+            out[relative.as_posix()] = text.encode()
+    return out
+
+
+def push(folder: Path, repo: str, private: bool = False, say: Callable[[str], None] = lambda line: None) -> str:
+    """Create `repo` where it is missing and commit the folder to it; the address of the commit.
+
+    Raises ValueError, in one line, for a folder that `quantize` did not write and for what the Hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    config: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (config.get("quantization_config") or {}).get("quant_method") != "lowbit" or not (folder / "report.json").is_file():
+        raise ValueError(f"{folder} is no folder that quantize wrote; give its output")
+    files = published(folder)
+    size = sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in files.values())
+    say(f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB, to {repo}")
+    with told(repo):
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+        commit = api.create_commit(repo, operations, commit_message="Quantized by lowbit")
+    return str(commit.commit_url)
+
+
+@click.command("push")
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="A new repository is private.")
+def command(out: Path, repo: str, private: bool) -> None:
+    """Publish a folder that `quantize` wrote on the Hugging Face Hub: weights, card, recipe and report in one commit."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(push(out, repo, private, lambda line: console.print(line)))
