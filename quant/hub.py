@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import click
 import yaml
 
+from quant.models import HUB_ID
+
 TEXTS = ("README.md", "recipe.yaml", "report.json")  # may name local files
 T = TypeVar("T")
 
@@ -24,28 +26,27 @@ def told(repo: str) -> Iterator[None]:
     """What the Hub or the network refuses, as one line."""
     from huggingface_hub import errors
 
+    no_answer: type[Exception] = vars(errors)["HTTPError"]  # httpx's in huggingface_hub 1, httpx2's in 2
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"{repo!r} is no name of a repository; give NAMESPACE/NAME")
     try:
         yield
     except errors.LocalTokenNotFoundError:
         raise ValueError("no token for the Hub; run hf auth login, or set HF_TOKEN to a token that may write") from None
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo!r} is no name of a repository ({str(error).splitlines()[0]}); give NAMESPACE/NAME") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         why = {401: "the token is not valid", 403: "the token may not write there", 404: "it does not exist"}
         said = error.server_message or str(error).splitlines()[0]
         raise ValueError(f"the Hub refuses {repo} ({status}: {why.get(status, said)}); see hf auth whoami") from None
-    except errors.HTTPError as error:  # of httpx: no answer at all
+    except no_answer as error:
         raise ValueError(f"cannot reach the Hub ({error}); the folder is kept, run quantize push later") from None
 
 
 def require_access(repo: str) -> str:
     """The user of the token, before a long run; ValueError in one line where there is none or `repo` is no name."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
 
     with told(repo):
-        validate_repo_id(repo)
         return str(HfApi().whoami()["name"])
 
 
