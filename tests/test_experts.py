@@ -178,6 +178,20 @@ def test_every_way_of_loading_gives_the_same_model(packed_mixture: Any, kind: st
         assert all(torch.equal(first.get_tensor(n), second.get_tensor(n)) for n in first.keys())  # noqa: SIM118
 
 
+@kinds
+def test_dequantized_experts_are_those_of_an_ordinary_model(packed_mixture: Any, kind: str, tmp_path: Path) -> None:
+    ids = torch.randint(1, 320, (2, 12))
+    model = quant.load(packed_mixture(kind), dtype=torch.float32)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        plain = model.dequantize()
+        assert not stacks_of(plain)
+        plain.save_pretrained(tmp_path / "plain")
+        for dense in (plain, float_model(tmp_path / "plain")):
+            found = dense(ids).logits
+            assert float((found - wanted).norm()) < 1e-5 * float(wanted.norm())
+
+
 def test_names_on_disk_are_those_of_the_source(packed_mixture: Any) -> None:
     names = index(packed_mixture("Mixtral"))
     assert "model.layers.1.block_sparse_moe.experts.3.w1.weight_packed" in names

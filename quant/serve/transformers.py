@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, has_bias, require_version, scheme_of, softmax_bits
+from quant.dense import dense
 from quant.embedding import PackedEmbedding, install, packable, replace, size_of
 from quant.experts import unstack
 from quant.linear import PackedLinear
@@ -91,6 +92,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, PackedLinear):
                 module.require_valid(name)
                 module.requires_grad_(False)  # transformers has made the bias trainable
+        for parameter in model.parameters():  # transformers 5.17 leaves routers in the checkpoint's dtype
+            if parameter.dtype in (torch.bfloat16, torch.float16) and parameter.device.type != "meta":
+                parameter.data = parameter.data.to(model.config.dtype)
         from quant.kernels.cpu import library
         from quant.serve import attention, pointwise, softmax  # not above: model code may be half imported when this file is
 
@@ -110,6 +114,10 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         state = model.state_dict()
         state[self.sentinel] = torch.empty(SENTINEL_SHAPE, dtype=torch.uint8)
         return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: see quant/dense.py."""
+        return dense(model, dtype or model.dtype)
 
     def is_serializable(self) -> bool:
         """save_pretrained works."""

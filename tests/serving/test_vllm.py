@@ -127,19 +127,10 @@ def qwen2_audio(folder: Path, tiny: ModuleType) -> Path:
 
 def dense(packed: Path, folder: Path) -> Path:
     """The float checkpoint of a packed one's dequantized weights, as any engine reads it."""
-    model: Any = quant.load(packed, dtype=torch.float32)
-    config = type(model.config).from_pretrained(packed)
-    del config.quantization_config
-    plain = type(model)(config)
-    for name, value in plain.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        value.data.copy_(getattr(model.get_submodule(owner), leaf))
-    plain.save_pretrained(folder)
-    for file in packed.glob("*token*"):
-        shutil.copy(file, folder)
-    for name in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
-        if (packed / name).is_file():
-            shutil.copy(packed / name, folder)
+    quant.load(packed, dtype=torch.float32).dequantize().save_pretrained(folder)
+    for file in packed.glob("*.json"):
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder)
     return folder
 
 
