@@ -91,6 +91,7 @@ setup(
         "accelerate>=1.10,<2",  # empty models on the meta device, device maps
         "datasets>=4,<6",  # calibration text from a hub
         "safetensors>=0.6,<1",  # weights are read and written by name, without unpickling
+        "scipy>=1.13,<2",  # tails of Student's t and the binomial, for p values
         "lm-eval>=0.4.9,<0.5",  # benchmark tasks
         "huggingface_hub>=1,<3",  # checkpoints by hub id
         "mwparserfromhell>=0.6.6,<0.8",  # plain text of the Wikipedia sample

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from quant.eval.divergence import Divergence, Fidelity, cross_entropy, standard_error
+from quant.eval.paired import t_test
 from quant.eval.perplexity import HEAD_TOKENS, PROBE_TOKENS, Progress, Scorer
 from quant.masked import Masking, counts, positions
 
@@ -44,6 +45,7 @@ class MaskedResult:
     reference_bound: float | None = None
     difference: float | None = None  # bound - reference bound
     difference_error: float | None = None  # from the paired differences of each window
+    p_value: float | None = None  # of a paired t test over windows: the two bounds are equal
 
 
 def predictions(scorer: Scorer, row: Tensor, where: Tensor, how: Masking) -> Iterator[Tensor]:
@@ -110,6 +112,7 @@ def evaluate(
         reference_bound=sum(reference_bounds) / count if differences else None,
         difference=sum(differences) / count if differences else None,
         difference_error=standard_error(differences),
+        p_value=t_test(differences),
     )
 
 

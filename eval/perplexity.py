@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from quant.eval.divergence import Divergence, Fidelity, cross_entropy, standard_error
+from quant.eval.paired import t_test
 
 HEAD_TOKENS = 256  # positions whose logits exist at once: 256 x 128k vocabulary in fp32 is 131 MB a model
 PROBE_TOKENS = 16
@@ -39,6 +40,7 @@ class TextResult:
     reference_perplexity: float | None = None
     ratio: float | None = None  # perplexity / reference perplexity
     ratio_error: float | None = None  # from the paired differences of each window
+    p_value: float | None = None  # of a paired t test over windows: the two models have equal cross-entropy
     fidelity: Fidelity | None = None
 
 
@@ -149,12 +151,14 @@ def evaluate(
     )
     if reference is None:
         return result
-    ratio, ratio_error = _exp_mean([q - r for q, r in zip(losses, ref_losses, strict=True)])
+    differences = [q - r for q, r in zip(losses, ref_losses, strict=True)]
+    ratio, ratio_error = _exp_mean(differences)
     return replace(
         result,
         reference_perplexity=_exp_mean(ref_losses)[0],
         ratio=ratio,
         ratio_error=ratio_error,
+        p_value=t_test(differences),
         fidelity=divergence.fidelity(),
     )
 

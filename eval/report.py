@@ -14,6 +14,7 @@ from rich.table import Table
 
 from quant.eval.divergence import Fidelity
 from quant.eval.masked import MaskedResult
+from quant.eval.paired import LEVEL
 from quant.eval.perplexity import TextResult
 from quant.eval.speech import SpeechResult, Transcription
 from quant.eval.speed import Side, SpeedResult, Spread
@@ -156,6 +157,8 @@ def _text_table(text: TextResult) -> Table:
         pm(text.reference_perplexity, None, ".4f"),
         pm(text.ratio, text.ratio_error, ".5f"),
     )
+    if text.ratio is not None:
+        table.add_row("paired t test over windows", "", "", verdict(text.p_value))
     return table
 
 
@@ -167,6 +170,8 @@ def _masked_table(masked: MaskedResult) -> Table:
         pm(masked.reference_bound, None, ".4f"),
         pm(masked.difference, masked.difference_error, "+.5f"),
     )
+    if masked.difference is not None:
+        table.add_row("paired t test over windows", "", "", verdict(masked.p_value))
     return table
 
 
@@ -187,10 +192,14 @@ def _fidelity_table(fidelity: Fidelity) -> Table:
     table = table_of(f"against the reference, {fidelity.tokens} tokens", "")
     table.add_row("mean KL divergence, nats", pm(fidelity.kl_mean, fidelity.kl_error, ".6f"))
     table.add_row("median KL", f"{fidelity.kl_median:.6f}")
-    table.add_row("99 % KL", f"{fidelity.kl_p99:.5f}")
-    table.add_row("99.9 % KL", f"{fidelity.kl_p999:.5f}")
+    percentiles = {"90": fidelity.kl_p90, "95": fidelity.kl_p95, "99": fidelity.kl_p99, "99.9": fidelity.kl_p999}
+    for name, value in percentiles.items():
+        table.add_row(f"{name} % KL", f"{value:.5f}")
     table.add_row("maximum KL", f"{fidelity.kl_max:.5f}")
     table.add_row("top-1 agreement", pm(fidelity.top1, fidelity.top1_error, ".3%"))
+    table.add_row("top-1 flips", pm(1 - fidelity.top1, fidelity.top1_error, ".3%"))
+    table.add_row("  from right to wrong", f"{fidelity.flips_lost:.3%}")
+    table.add_row("  from wrong to right", f"{fidelity.flips_gained:.3%}")
     table.add_row("RMS delta-p of the correct token", f"{fidelity.rms_delta_p:.3%}")
     return table
 
@@ -210,6 +219,9 @@ def _speech_table(speech: SpeechResult) -> Table:
         table.add_row(name, *(read(side) for side in sides))
     if speech.changed is not None:
         table.add_row("WER change, paired", pm(speech.wer_change, speech.wer_change_error, "+.2%"))
+        if speech.wer_change_interval is not None:
+            low, high = speech.wer_change_interval
+            table.add_row("95 % interval", f"{low:+.2%} to {high:+.2%}, {'not ' * (low <= 0 <= high)}significant")
         table.add_row("changed transcripts", f"{speech.changed} of {speech.clips}")
     return table
 
@@ -247,6 +259,13 @@ def pm(value: float | None, error: float | None, shape: str) -> str:
     if value is None:
         return ""
     return f"{value:{shape}}" if error is None else f"{value:{shape}} ± {error:{shape.lstrip('+')}}"
+
+
+def verdict(p_value: float | None) -> str:
+    """A p value in words; None is a single unit."""
+    if p_value is None:
+        return "needs two or more"
+    return f"p = {p_value:.2g}, {'not ' * (p_value >= LEVEL)}significant"
 
 
 def _spread(spread: Spread | None, shape: str = ".4g") -> str:

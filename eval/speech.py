@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from quant.eval.divergence import Divergence, Fidelity, ratio_error
+from quant.eval.paired import bootstrap
 from quant.eval.perplexity import Progress
 from quant.eval.wer import Edits, edits, loops, normalizer
 
@@ -73,6 +74,7 @@ class SpeechResult:
     reference: Transcription | None = None
     wer_change: float | None = None  # model minus reference
     wer_change_error: float | None = None  # paired over clips
+    wer_change_interval: list[float] | None = None  # [low, high] of 95 %, paired bootstrap over clips
     changed: int | None = None  # clips whose transcript is not the reference model's, letter by letter
     fidelity: Fidelity | None = None  # teacher-forced on the reference's greedy ids, end-of-text included
 
@@ -274,6 +276,7 @@ def evaluate(
         reference=ref_summary,
         wer_change=None if summary.wer is None or ref_summary.wer is None else summary.wer - ref_summary.wer,
         wer_change_error=ratio_error(tally.errors() - ref_tally.errors(), tally.words()),
+        wer_change_interval=bootstrap(tally.errors() - ref_tally.errors(), tally.words()),
         changed=changed(lines),
         fidelity=None if all(ours.is_long(clip.samples) for clip in clips) else divergence.fidelity(),
     )
