@@ -73,7 +73,7 @@ setup(
     packages=packages,
     package_dir=ROOTS,
     package_data={
-        "quant": ["py.typed"],
+        "quant": ["py.typed", "pages/*.html"],
         "quant.recipes": ["*.yaml"],
         "quant.kernels.cpu.csrc": ["*.cpp", "*.h"],
         "quant.kernels.gpu": ["*.json"],
@@ -98,6 +98,7 @@ setup(
         "gguf>=0.17,<1",  # reads the demo model's GGUF file
         "pyyaml>=6,<7",  # recipes
         "pydantic>=2.10,<3",  # recipes are validated, unknown keys are errors
+        "jinja2>=3.1,<4",  # pages of `--html`
         "click>=8.1,<9",  # command line
         "rich>=13,<16",  # tables and progress bars
         "filelock>=3.15,<4",  # one run per output folder
@@ -113,7 +114,7 @@ setup(
             "ctranslate2>=4.6,<5",
             "faster-whisper>=1.1,<2",
         ],
-        "figures": ["matplotlib>=3.9,<4"],  # quant.eval.roofline
+        "figures": ["matplotlib>=3.9,<4"],  # quant.eval.drawing
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3",

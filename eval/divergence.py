@@ -13,7 +13,7 @@ one group are correlated and their KL is heavy tailed, so an error over tokens w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +108,15 @@ class Divergence:
                 self._columns[name].append(values.cpu().numpy())
             losses.append((-ref_p, -got_p))
         return torch.cat([a for a, _ in losses]), torch.cat([b for _, b in losses])
+
+    def columns(self) -> dict[str, list[float]]:
+        """Everything added so far, in JSON's types: one value per token and name in COLUMNS."""
+        return {name: np.concatenate(parts).tolist() for name, parts in self._columns.items() if parts}
+
+    def extend(self, columns: Mapping[str, Sequence[float]]) -> None:
+        """Add what `columns` of another gave."""
+        for name, values in columns.items():
+            self._columns[name].append(np.asarray(values))
 
     def fidelity(self) -> Fidelity:
         """Summary over everything added; ValueError when nothing was."""

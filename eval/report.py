@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,13 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from quant.eval.divergence import Fidelity
+from quant.eval.harness import Results, TaskTest
 from quant.eval.masked import MaskedResult
 from quant.eval.paired import LEVEL
 from quant.eval.perplexity import TextResult
+from quant.eval.samples import Sample
 from quant.eval.speech import SpeechResult, Transcription
 from quant.eval.speed import Side, SpeedResult, Spread
 
 CHANGES_SHOWN = 5
+SIDES = "Side by side"  # the section of texts
 METRICS = {
     "prefill_tokens_per_s": "prefill, tokens/s",
     "decode_tokens_per_s": "decode, tokens/s",
@@ -40,13 +44,37 @@ class Evaluation:
     weight_bytes: int
     reference_weight_bytes: int | None
     peak_rss_bytes: int  # of the evaluating process, both models in it
-    seconds: float
+    seconds: float  # of a run that went on where another was stopped, its own part
     versions: dict[str, str]
+    resumed: int = 0  # windows, clips, samples and tasks that a stopped run had measured
     text: TextResult | None = None
     masked: MaskedResult | None = None
     speech: SpeechResult | None = None
-    tasks: dict[str, dict[str, float | str]] = field(default_factory=dict)
-    reference_tasks: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    tasks: Results = field(default_factory=dict)
+    reference_tasks: Results = field(default_factory=dict)
+    task_tests: dict[str, dict[str, TaskTest]] = field(default_factory=dict)  # task -> metric
+    efficiency: SpeedResult | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report: a title, sentences, tables."""
+
+    title: str
+    lines: list[str]
+    tables: list[Table]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What two models wrote: `shared` characters, then each its own. title: of what. note: on the difference."""
+
+    title: str
+    note: str
+    shared: str
+    reference: str
+    model: str
 
 
 def as_json(result: Evaluation | SpeedResult) -> str:
@@ -67,61 +95,119 @@ def write_json(result: Evaluation | SpeedResult, path: Path) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror}; give --json a path in a folder that exists") from error
 
 
+def require_writable(*paths: Path | None) -> None:
+    """ValueError, before hours of work, for a file that could not be written at the end."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise ValueError(f"{path} cannot be written; give a file name in a folder that exists")
+
+
 def show(result: Evaluation, console: Console | None = None) -> None:
     """Print an evaluation."""
     console = console or Console()
+    for section in sections(result):
+        for line in section.lines:
+            console.print(line, markup=False)
+        for table in section.tables:
+            console.print(table)
+        if section.title == SIDES:
+            _show_pairs(pairs(result), console, len(result.samples) or CHANGES_SHOWN)
+
+
+def sections(result: Evaluation) -> list[Section]:
+    """All but the texts of an evaluation."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    console.print(f"{result.model} against {result.against or 'nothing'}; {result.dtype} on {result.device}; {versions}")
+    about = f"{result.model} against {result.against or 'nothing'}; {result.dtype} on {result.device}; {versions}"
+    out = [Section("What was compared", [about], [])]
     if result.text is not None:
-        console.print(
-            f"text: {result.corpus}, {result.text.windows} windows of {result.text.length} tokens, "
-            f"{result.text.tokens} predictions"
-        )
-        console.print(_text_table(result.text))
+        text = result.text
+        line = f"text: {result.corpus}, {text.windows} windows of {text.length} tokens, {text.tokens} predictions"
+        out.append(Section("Text", [line], [_text_table(text)]))
     if result.masked is not None:
         masked = result.masked
-        console.print(
+        line = (
             f"text: {result.corpus}, {masked.windows} windows of {masked.length} tokens, masked by token {masked.mask_token} "
             f"(seed {masked.seed})"
         )
-        console.print(_masked_table(masked))
-        if masked.fidelity:
-            console.print(_masks_table(masked))
+        out.append(Section("Masked text", [line], [_masked_table(masked)] + [_masks_table(masked)] * bool(masked.fidelity)))
     if result.speech is not None:
         speech = result.speech
-        console.print(
+        line = (
             f"speech: {result.corpus}, {speech.clips} clips, {speech.audio_seconds:.1f} s, {speech.model.words} words; "
             f"normalizer: {speech.normalizer}"
         )
-        console.print(_speech_table(speech))
-        _show_changes(speech, console)
+        out.append(Section("Speech", [line], [_speech_table(speech)]))
     fidelity = (result.text or result.speech).fidelity if result.text or result.speech else None  # type: ignore[union-attr]
     if fidelity is not None:
-        console.print(_fidelity_table(fidelity))
+        out.append(Section("Divergence", [], [_fidelity_table(fidelity)]))
+    out.append(Section(SIDES, [], []))
     if result.tasks:
-        console.print(_task_table(result))
+        out.append(Section("Tasks", [], [_task_table(result)]))
     sizes = f"safetensors {_mb(result.weight_bytes)}"
     if result.reference_weight_bytes:
         share = result.weight_bytes / result.reference_weight_bytes
         sizes += f" against {_mb(result.reference_weight_bytes)} ({share:.1%})"
-    console.print(
-        f"{sizes}; peak RSS {_mb(result.peak_rss_bytes)}, everything evaluated in one process; {result.seconds:.1f} s"
-    )
+    lines = [f"{sizes}; peak RSS {_mb(result.peak_rss_bytes)}, everything evaluated in one process; {result.seconds:.1f} s"]
+    if result.resumed:
+        lines.append(f"{result.resumed} parts were measured by an earlier run that was stopped")
+    speed = result.efficiency
+    out.append(Section("Efficiency", lines + (speed_lines(speed) if speed else []), [speed_table(speed)] if speed else []))
+    return out
+
+
+def pairs(result: Evaluation) -> list[Pair]:
+    """Continuations of the same prompts, and clips on which the two models wrote different text."""
+    out = []
+    for sample in result.samples:
+        note = "the same" if sample.same is None else f"the first {sample.same} tokens are the same"
+        out.append(_pair(f"{sample.prompt} ...", note, sample.reference, sample.model))
+    for line in result.speech.lines if result.speech is not None else ():
+        if line.reference_transcript not in (None, line.transcript):
+            assert line.reference_transcript is not None
+            said = "" if line.text is None else f"said: {line.text}"
+            out.append(_pair(Path(line.file).name, said, line.reference_transcript, line.transcript))
+    return out
+
+
+def _pair(title: str, note: str, reference: str, model: str) -> Pair:
+    shared = os.path.commonprefix([reference, model])  # noqa: RUF071 (of characters is what is wanted)
+    return Pair(title, note, shared, reference[len(shared) :], model[len(shared) :])
+
+
+def _show_pairs(found: list[Pair], console: Console, shown: int) -> None:
+    for pair in found[:shown]:
+        texts = {"reference": pair.shared + pair.reference, "model": pair.shared + pair.model}
+        lines = [f"  {pair.title}", f"    {pair.note}", *(f"    {f'{side}:':10} {text}" for side, text in texts.items())]
+        for line in filter(str.strip, lines):
+            console.print(line.replace("\n", " "), highlight=False, markup=False)
+    if len(found) > shown:
+        console.print(f"  and {len(found) - shown} more; --json and --html list all")
 
 
 def show_speed(result: SpeedResult, console: Console | None = None) -> None:
-    """Print a speed comparison, one row per side: medians, quartiles in brackets; below them the first row's ratio to it."""
+    """Print a speed comparison."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
-    sides = [result.model, *result.others]
+    for line in speed_lines(result):
+        console.print(line, markup=False, highlight=False)
+    console.print(speed_table(result))
+
+
+def speed_lines(result: SpeedResult) -> list[str]:
+    """What was run, and how."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-    console.print(f"{result.workload}; {result.threads} threads on {result.device}; {versions}")
-    console.print(f"median [quartiles] of {result.repeats} alternating repeats after {result.warmup} warm-up", markup=False)
-    for side in sides:
-        console.print(f"{side.name}: {side.model}, {side.numbers}", markup=False, highlight=False)
-    for name, why in result.absent.items():
-        console.print(f"{name}: not measured, {why}", markup=False, highlight=False)
+    return [
+        f"{result.workload}; {result.threads} threads on {result.device}; {versions}",
+        f"median [quartiles] of {result.repeats} alternating repeats after {result.warmup} warm-up",
+        *(f"{side.name}: {side.model}, {side.numbers}" for side in (result.model, *result.others)),
+        *(f"{name}: not measured, {why}" for name, why in result.absent.items()),
+    ]
+
+
+def speed_table(result: SpeedResult) -> Table:
+    """One row per side: medians, quartiles in brackets; below them the first row's ratio to it."""
+    sides = [result.model, *result.others]
     sizes: dict[str, Callable[[Side], int | None]] = {
         "peak RSS": lambda side: side.peak_rss_bytes,
         "of it model": lambda side: side.peak_rss_bytes - side.bare_rss_bytes,
@@ -138,7 +224,7 @@ def show_speed(result: SpeedResult, console: Console | None = None) -> None:
         table.add_row(side.name, *(_spread(side.metrics.get(name)) for name in metrics), *cells)
         if side.ratios is not None:
             table.add_row("  model / it", *(_spread(side.ratios.get(name), ".3g") for name in metrics))
-    console.print(table)
+    return table
 
 
 def table_of(*columns: str) -> Table:
@@ -226,25 +312,19 @@ def _speech_table(speech: SpeechResult) -> Table:
     return table
 
 
-def _show_changes(speech: SpeechResult, console: Console) -> None:
-    changes = [line for line in speech.lines if line.reference_transcript not in (None, line.transcript)]
-    for line in changes[:CHANGES_SHOWN]:
-        console.print(f"  {Path(line.file).name}", highlight=False, markup=False)
-        console.print(f"    reference: {line.reference_transcript}", highlight=False, markup=False)
-        console.print(f"    model:     {line.transcript}", highlight=False, markup=False)
-    if len(changes) > CHANGES_SHOWN:
-        console.print(f"  and {len(changes) - CHANGES_SHOWN} more; --json lists all")
-
-
 def _task_table(result: Evaluation) -> Table:
-    table = table_of("lm-eval task", "metric", "model", "reference")
+    table = table_of("lm-eval task", "metric", "model", "reference", "right to wrong", "wrong to right", "paired test")
     for task, values in result.tasks.items():
         reference = result.reference_tasks.get(task, {})
-        for metric, value in values.items():
-            if metric != "version" and "_stderr" not in metric:
-                table.add_row(
-                    task, metric, _task_value(values, metric, value), _task_value(reference, metric, reference.get(metric))
-                )
+        for metric in values:
+            if metric == "version" or "_stderr" in metric:
+                continue
+            cells = [_task_value(side, metric, side.get(metric)) for side in (values, reference)]
+            test = result.task_tests.get(task, {}).get(metric)
+            if test is not None:
+                flips = ["" if count is None else f"{count} of {test.items}" for count in (test.lost, test.gained)]
+                cells += [*flips, verdict(test.p_value)]
+            table.add_row(task, metric, *cells)
     return table
 
 
