@@ -14,7 +14,7 @@ from rich.console import Console
 from quant.eval.compare import Made, Row
 from quant.eval.drawing import pyplot
 from quant.eval.judge import Measured
-from quant.eval.report import pm, table_of
+from quant.eval.tables import pm, table_of
 
 FRONT = "*"  # marks rows that no other row beats in bits and KL at once
 

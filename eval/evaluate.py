@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from quant.eval import drawing, harness, loading, masked, page, perplexity, report, speech, speed
 from quant.eval.journal import Journal
-from quant.eval.samples import Sample, sample
+from quant.eval.samples import Sample, write
 from quant.eval.speed_worker import Workload
 from quant.resources import peak_memory_bytes
 from quant.wheels import cache_folder
@@ -125,9 +124,7 @@ def evaluate(
             )
         else:
             text_result = perplexity.evaluate(model, windows, reference, progress=progress, journal=journal)
-        for at, window in enumerate(windows[:samples]):
-            fields = journal.once(f"sample {at}", lambda window=window: asdict(sample(model, reference, tokenizer, window)))
-            written.append(Sample(**fields))
+        written = write(model, reference, tokenizer, windows[:samples], journal)
         sides = {"model": model} | ({} if reference is None else {"reference": reference})
         for side, live in sides.items() if chosen else ():
             found.append(chosen.run(live, tokenizer, side, journal, max_length=length, items=reference is not None))

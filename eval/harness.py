@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ class Harness:
         results: Results = {}
         scores: Items = {}
         for task in self.tasks:
-            found = journal.once(f"{side} {task}", lambda task=task: self._one(wrapped, task, items))
+            if task in results:  # as part of a group
+                continue
+            found = journal.once(f"{side} {task}", partial(self._one, wrapped, task, items))
             results |= found["results"]
             scores |= found["items"]
         return results, scores
@@ -119,13 +122,14 @@ class Harness:
 
 
 def inside(folder: str) -> list[str]:
-    """The names of all tasks that YAML files of `folder` define; ValueError where there is none."""
+    """The groups, then the tasks that YAML files of `folder` define; ValueError where there is none."""
     from lm_eval.tasks import TaskManager
 
-    found = TaskManager(include_defaults=False, include_path=folder).all_subtasks
+    manager = TaskManager(include_defaults=False, include_path=folder)
+    found = [*manager.all_groups, *manager.all_subtasks]
     if not found:
         raise ValueError(f"no YAML file in {folder} defines a task; a task file has a line such as `task: NAME`")
-    return list(found)
+    return found
 
 
 def compare(items: Items, reference: Items) -> dict[str, dict[str, TaskTest]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from quant.eval.journal import Journal
 
 PROMPT = 32  # tokens at the beginning of a window, or half of a shorter one
 NEW = 64  # tokens at most
@@ -46,6 +49,15 @@ def continuation(model: Any, prompt: Tensor) -> Tensor:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=new, pad_token_id=0
     )
     return out[0, len(prompt) :].cpu()
+
+
+def write(model: Any, reference: Any, tokenizer: Any, windows: Tensor, journal: Journal) -> list[Sample]:
+    """The sample of each of `windows` [W, L]."""
+
+    def fields(window: Tensor) -> dict[str, Any]:
+        return asdict(sample(model, reference, tokenizer, window))
+
+    return [Sample(**journal.once(f"sample {at}", partial(fields, window))) for at, window in enumerate(windows)]
 
 
 def sample(model: Any, reference: Any, tokenizer: Any, window: Tensor) -> Sample:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,7 +259,7 @@ def evaluate(
     lines: list[Line] = []
 
     for at, clip in enumerate(clips):
-        one = journal.once(f"clip {at}", lambda clip=clip, at=at: score(ours, clip, next(theirs), at))
+        one = journal.once(f"clip {at}", partial(score, ours, clip, theirs, at))
         here, there = (None if said is None else Heard(**said, ids=NO_IDS) for said in (one["here"], one["there"]))
         assert here is not None
         tally.add(clip.text, here)
@@ -289,9 +290,10 @@ def evaluate(
     )
 
 
-def score(ours: Recognizer, clip: Clip, there: Heard | None, at: int) -> dict[str, Any]:
-    """What model and reference made of clip number `at`, and what `Divergence` has of each token."""
+def score(ours: Recognizer, clip: Clip, theirs: Iterator[Heard | None], at: int) -> dict[str, Any]:
+    """What the model makes of clip number `at`, what the next of the reference is, and what `Divergence` has of each token."""
     divergence = Divergence()
+    there = next(theirs)
     features, here = _transcribe(ours, clip)
     if there is not None and there.logits is not None:
         wanted = there.ids[there.given :].to(ours.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -108,13 +107,11 @@ def maps(title: str, blocks: Iterable[Mapping[str, Any]], read: Callable[[Layer]
 
 
 def cell_of(members: list[tuple[float, str]] | None, shape: str, low: float, high: float) -> Cell | None:
-    """The field of some layers, coloured on a logarithmic scale from `low` to `high`."""
+    """The field of some layers, coloured by where the greatest lies between `low` and `high`."""
     if not members:
         return None
     value, name = max(members)
-    low = max(low, high * 1e-4)
-    share = math.log(max(value, low) / low) / math.log(high / low) if high > low else 1.0
-    return Cell(f"{value:{shape}}", f"{name}: {value:.6g}", f"hsl(20 90% {97 - 42 * share:.0f}%)")
+    return Cell(f"{value:{shape}}", f"{name}: {value:.6g}", f"hsl(20 90% {97 - 42 * (value - low) / (high - low):.1f}%)")
 
 
 def worst_table(layers: Iterable[Layer]) -> Table:

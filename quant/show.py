@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,9 @@ def command(out: Path, layers: bool, html: Path | None) -> None:
     if html is not None:
         from quant import layer_page
 
-        stored = {
-            layer: sum(entry.stop - entry.start for name, entry in tensors.items() if name.rpartition(".")[0] == layer)
-            for layer in layers_on_disk(tensors)
-        }
+        stored: Counter[str] = Counter()
+        for name, entry in tensors.items():
+            stored[name.rpartition(".")[0]] += entry.stop - entry.start
         layer_page.write(html, out, lines, error_table(report, layers), report, stored)
 
 
