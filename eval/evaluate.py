@@ -125,9 +125,10 @@ def evaluate(
         else:
             text_result = perplexity.evaluate(model, windows, reference, progress=progress, journal=journal)
         written = write(model, reference, tokenizer, windows[:samples], journal)
-        sides = {"model": model} | ({} if reference is None else {"reference": reference})
-        for side, live in sides.items() if chosen else ():
-            found.append(chosen.run(live, tokenizer, side, journal, max_length=length, items=reference is not None))
+        if chosen is not None:
+            sides = {"model": model} | ({} if reference is None else {"reference": reference})
+            for side, live in sides.items():
+                found.append(chosen.run(live, tokenizer, side, journal, max_length=length, items=reference is not None))
     return report.Evaluation(
         model=str(folder),
         against=str(against) if against is not None else None,

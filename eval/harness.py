@@ -4,8 +4,9 @@
 Nothing is fetched when the task's data set is cached or local: see `HF_HUB_OFFLINE` and `HF_DATASETS_OFFLINE`.
 
 DIMENSIONS are those of "A Comprehensive Evaluation of Quantization Strategies for Large Language Models" (Jin et al., 2024),
-as far as lm-eval has their benchmarks: MNLI stands for SNLI; FLORES-200 (English and Chinese), XSum, CNN/DailyMail and
-FollowBench, which a larger model judges, are left out. Efficiency is no task: quant/eval/speed.py measures it.
+as far as lm-eval alone runs their benchmarks. MNLI stands for SNLI. FLORES-200 of English and Chinese and FollowBench, which a
+larger model judges, are not there; XSum and CNN/DailyMail need other packages. Efficiency is no task: quant/eval/speed.py
+measures it.
 """
 
 from __future__ import annotations

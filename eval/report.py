@@ -137,7 +137,8 @@ def sections(result: Evaluation) -> list[Section]:
         out.append(Section("Divergence", [], [tables.fidelity_table(fidelity)]))
     out.append(Section(SIDES, [], []))
     if result.tasks:
-        out.append(Section("Tasks", [], [tables.task_table(result.tasks, result.reference_tasks, result.task_tests)]))
+        how = "± standard errors; paired tests: McNemar's where items are right or wrong, else Student's t"
+        out.append(Section("Tasks", [how], [tables.task_table(result.tasks, result.reference_tasks, result.task_tests)]))
     sizes = f"safetensors {mb(result.weight_bytes)}"
     if result.reference_weight_bytes:
         share = result.weight_bytes / result.reference_weight_bytes

@@ -268,7 +268,7 @@ def test_harness_on_local_tasks(folder, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     quiz = {
-        name: [{"q": f"w{i + at}", "options": ["w1 w2", "w3"], "gold": i % 2} for i in range(size)]
+        name: [{"q": f"w{i + at}", "options": [f"w{i % 7}", f"w{30 + i % 5}"], "gold": i % 2} for i in range(size)]
         for name, size, at in (("tiny", 16, 0), ("small", 9, 30))
     }
     place = tmp_path / "tasks"
