@@ -298,7 +298,7 @@ def test_harness_on_local_tasks(folder, tmp_path, monkeypatch):
     assert tests["both"]["acc"].lost + tests["both"]["acc"].gained > 0
     assert found[0][0]["tiny"]["version"] == "3"
     assert "acc_stderr" in found[0][0]["tiny"]
-    monkeypatch.setattr(harness.Harness, "_one", None)  # everything is known by now
+    monkeypatch.setattr(harness.Harness, "_one", lambda *given: pytest.fail("a task that was known ran again"))
     assert chosen.run(model, tokenizer, folder.name, Journal(tmp_path / "journal"), max_length=32, items=True) == found[1]
     with pytest.raises(ValueError, match="no task file"):
         harness.Harness([str(tmp_path / "none.yaml")])
