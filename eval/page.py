@@ -46,7 +46,9 @@ def histogram(found: Mapping[str, Fidelity]) -> Markup:
                 axis.text(value, 1.02 + 0.07 * (at % 2), name, transform=axis.get_xaxis_transform(), ha="center", fontsize=8)
     else:
         axis.legend(fontsize=8)
+    used = [at for one in found.values() for at, count in enumerate(one.kl_counts) if count]
     axis.set_xscale("log")
+    axis.set_xlim(KL_EDGES[min(used)], KL_EDGES[max(used) + 1])
     axis.set_xlabel("KL divergence of a token (nats); the first and the last bar hold what lies beyond")
     axis.set_ylabel("share of tokens")
     axis.grid(alpha=0.3)

@@ -157,7 +157,7 @@ def pairs(result: Evaluation) -> list[Pair]:
     """Continuations of the same prompts, and clips on which the two models wrote different text."""
     out = []
     for sample in result.samples:
-        note = "the same" if sample.same is None else f"the first {sample.same} tokens are the same"
+        note = "the same" if sample.same is None else f"they part at token {sample.same + 1}"
         out.append(_pair(f"{sample.prompt} ...", note, sample.reference, sample.model))
     for line in result.speech.lines if result.speech is not None else ():
         if line.reference_transcript not in (None, line.transcript):

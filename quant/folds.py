@@ -125,7 +125,8 @@ class BlockView:
             return f"it changes the block's output by {moved:.1e} of its norm"
         group.stats.follow(r, shift)
         self.changed |= saved.keys()
-        self.folds |= dict.fromkeys(group.names, maker_name)
+        if bool((r != 1).any()):
+            self.folds |= dict.fromkeys(group.names, maker_name)
         return None
 
     def refuses_shift(self, group: InputGroup, maker: str, width: int) -> str | None:
