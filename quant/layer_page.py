@@ -159,7 +159,10 @@ def more_bits(bad: Iterable[Layer], names: Iterable[str], recipe: Recipe) -> dic
 
 def command(folder: Path, source: str, recipe: Recipe, advice: Mapping[tuple[str, ...], dict[str, Any]]) -> str:
     """The run that applies the advice; the rules that the recipe has come after it, since the first that matches decides."""
-    rules = [{"match": list(names), **rule} for names, rule in advice.items()]
+    alike: dict[str, list[str]] = {}
+    for names, rule in advice.items():
+        alike.setdefault(json.dumps(rule), []).extend(names)
+    rules: list[dict[str, Any]] = [{"match": names, **json.loads(rule)} for rule, names in alike.items()]
     rules += [rule.model_dump(exclude_defaults=True) for rule in recipe.rules]
     made = ["--recipe", str(folder / "recipe.yaml"), "-o", f"{folder}-more-bits", "--set", f"rules={json.dumps(rules)}"]
     return shlex.join(["quantize", source, *made])

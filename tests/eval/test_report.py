@@ -195,6 +195,21 @@ def test_a_killed_command_goes_on_with_the_same_numbers(folder, text, tmp_path, 
     assert list((tmp_path / "cache" / "eval").iterdir()) == []
 
 
+def test_what_a_killed_run_kept_is_for_the_same_models_data_and_options_only(folder, tmp_path):
+    model, file = shutil.copytree(folder, tmp_path / "model"), tmp_path / "text.txt"
+    file.write_text("w1 w2")
+    given = [model, folder, [str(file)], [32, "float32"]]
+    found = [evaluate.identity(*given)]
+    assert evaluate.identity(*given) == found[0]
+    found.append(evaluate.identity(*given[:3], [32, "bfloat16"]))
+    found.append(evaluate.identity(model, None, *given[2:]))
+    file.write_text("w1 w2 w3")
+    found.append(evaluate.identity(*given))
+    (model / "model.safetensors").write_bytes(b"")
+    found.append(evaluate.identity(*given))
+    assert len({*found}) == 5
+
+
 def test_page_holds_every_number_and_nothing_from_outside(folder, text, tmp_path, read_page):
     pytest.importorskip("matplotlib")
     other = copy_with_noise(folder, tmp_path / "other")
