@@ -134,7 +134,7 @@ def sections(result: Evaluation) -> list[Section]:
         out.append(Section("Speech", [line], [tables.speech_table(speech)]))
     fidelity = (result.text or result.speech).fidelity if result.text or result.speech else None  # type: ignore[union-attr]
     if fidelity is not None:
-        out.append(Section("Divergence", [], [tables.fidelity_table(fidelity)]))
+        out.append(Section("Divergence", [], [tables.fidelity_table(fidelity, truth=result.speech is None)]))
     out.append(Section(SIDES, [], []))
     if result.tasks:
         how = "± standard errors; paired tests: McNemar's where items are right or wrong, else Student's t"

@@ -73,8 +73,8 @@ def masks_table(masked: MaskedResult) -> Table:
     return table
 
 
-def fidelity_table(fidelity: Fidelity) -> Table:
-    """Divergence and agreement."""
+def fidelity_table(fidelity: Fidelity, truth: bool) -> Table:
+    """Divergence and agreement. truth: the tokens are those of a text, not what the reference itself wrote."""
     table = table_of(f"against the reference, {fidelity.tokens} tokens", "")
     table.add_row("mean KL divergence, nats", pm(fidelity.kl_mean, fidelity.kl_error, ".6f"))
     table.add_row("median KL", f"{fidelity.kl_median:.6f}")
@@ -84,8 +84,9 @@ def fidelity_table(fidelity: Fidelity) -> Table:
     table.add_row("maximum KL", f"{fidelity.kl_max:.5f}")
     table.add_row("top-1 agreement", pm(fidelity.top1, fidelity.top1_error, ".3%"))
     table.add_row("top-1 flips", pm(1 - fidelity.top1, fidelity.top1_error, ".3%"))
-    table.add_row("  from right to wrong", f"{fidelity.flips_lost:.3%}")
-    table.add_row("  from wrong to right", f"{fidelity.flips_gained:.3%}")
+    if truth:
+        table.add_row("  from right to wrong", f"{fidelity.flips_lost:.3%}")
+        table.add_row("  from wrong to right", f"{fidelity.flips_gained:.3%}")
     table.add_row("RMS delta-p of the correct token", f"{fidelity.rms_delta_p:.3%}")
     return table
 
