@@ -73,7 +73,7 @@ setup(
     packages=packages,
     package_dir=ROOTS,
     package_data={
-        "quant": ["py.typed"],
+        "quant": ["py.typed", "pages/*.html"],
         "quant.recipes": ["*.yaml"],
         "quant.kernels.cpu.csrc": ["*.cpp", "*.h"],
         "quant.kernels.gpu": ["*.json"],
@@ -91,12 +91,14 @@ setup(
         "accelerate>=1.10,<2",  # empty models on the meta device, device maps
         "datasets>=4,<6",  # calibration text from a hub
         "safetensors>=0.6,<1",  # weights are read and written by name, without unpickling
+        "scipy>=1.13,<2",  # tails of Student's t and the binomial, for p values
         "lm-eval>=0.4.9,<0.5",  # benchmark tasks
         "huggingface_hub>=1,<3",  # checkpoints by hub id
         "mwparserfromhell>=0.6.6,<0.8",  # plain text of the Wikipedia sample
         "gguf>=0.17,<1",  # reads the demo model's GGUF file
         "pyyaml>=6,<7",  # recipes
         "pydantic>=2.10,<3",  # recipes are validated, unknown keys are errors
+        "jinja2>=3.1,<4",  # pages of `--html`
         "click>=8.1,<9",  # command line
         "rich>=13,<16",  # tables and progress bars
         "filelock>=3.15,<4",  # one run per output folder
@@ -112,7 +114,7 @@ setup(
             "ctranslate2>=4.6,<5",
             "faster-whisper>=1.1,<2",
         ],
-        "figures": ["matplotlib>=3.9,<4"],  # quant.eval.roofline
+        "figures": ["matplotlib>=3.9,<4"],  # quant.eval.drawing
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3",

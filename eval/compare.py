@@ -19,10 +19,10 @@ from rich.console import Console
 
 from quant.checkpoint import safe_name
 from quant.compile import Listener
-from quant.eval import loading
+from quant.eval import drawing, loading
 from quant.eval.judge import Judge, Measured, SpeechJudge, TextJudge
 from quant.eval.perplexity import Progress
-from quant.eval.report import identity_of
+from quant.eval.report import identity_of, require_writable
 from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, load_recipe
 from quant.resources import usable_device
@@ -157,13 +157,6 @@ def read_made(folder: Path) -> Made:
     )
 
 
-def require_writable(*paths: Path | None) -> None:
-    """ValueError, before hours of work, for a file that could not be written at the end."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{path} cannot be written; give a file name in a folder that exists")
-
-
 @click.command("compare")
 @click.argument("model")
 @click.option(
@@ -217,7 +210,7 @@ def command(
     entries = read_entries(recipes, sets)
     require_writable(figure, csv_path, json_path)
     if figure is not None:
-        comparison.require_matplotlib()
+        drawing.require_matplotlib("--figure")
     usable_device(device)
     source = resolve(model, lambda line: click.echo(line, err=True))
     kind = require_data(source, text, audio, limit)

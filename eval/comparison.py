@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,8 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from quant.eval.compare import Made, Row
+from quant.eval.drawing import pyplot
 from quant.eval.judge import Measured
-from quant.eval.report import pm, table_of
+from quant.eval.tables import pm, table_of
 
 FRONT = "*"  # marks rows that no other row beats in bits and KL at once
 
@@ -99,19 +99,9 @@ def write_json(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_matplotlib() -> None:
-    """ValueError where figures cannot be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib, which is not installed; pip install 'lowbit[figures]'")
-
-
 def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
     """Bits per weight against mean KL, and against the perplexity ratio or the change of the word error rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plot = pyplot()
     ready = done(rows)
     if not ready:
         return
@@ -123,7 +113,7 @@ def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
     elif ready[0][2].wer_change is not None:
         changes = [(100 * (got.wer_change or 0), 100 * (got.wer_change_error or 0)) for *_, got in ready]
         panels.append(("change of WER (points)", "linear", changes))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(8.5 * len(panels), 7.5), layout="constrained", squeeze=False)
+    figure, axes = plot.subplots(1, len(panels), figsize=(8.5 * len(panels), 7.5), layout="constrained", squeeze=False)
     for axis, (title, scale, found) in zip(axes[0], panels, strict=True):
         values = [value for value, _ in found]
         axis.set_yscale(scale)
@@ -145,7 +135,7 @@ def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
         label(figure, axis, [(bits[i], values[i], names[i]) for i in named])
     figure.suptitle(f"{model}\n{about}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
-    pyplot.close(figure)
+    plot.close(figure)
 
 
 def label(figure: Any, axis: Any, points: Sequence[tuple[float, float, str]]) -> None:

@@ -1,7 +1,8 @@
 """How far one model's next-token distributions lie from another's, token by token, in bounded memory.
 
     kl(t)      = sum_v p_ref(v) * (ln p_ref(v) - ln p(v))          nats, >= 0
-    top-1      = share of tokens whose most likely next token is the same; the lowest id wins a tie on both sides
+    top-1      = share of tokens whose most likely next token is the same; the lowest id wins a tie on both sides; the
+                 others are flips, which lose a correct prediction, gain one, or change a wrong one
     delta_p(t) = p(correct token) - p_ref(correct token)
 
 Logits may be half precision; log-softmax is taken in fp32 over slices of tokens, so a 2048 x 49152 window costs a few
@@ -12,7 +13,7 @@ one group are correlated and their KL is heavy tailed, so an error over tokens w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 SLICE_TOKENS = 128
+KL_EDGES = np.logspace(-8, 2, 41)  # of Fidelity.kl_counts, nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,16 @@ class Fidelity:
     kl_mean: float
     kl_error: float | None  # standard error of kl_mean over groups; None with a single group
     kl_median: float
+    kl_p90: float
+    kl_p95: float
     kl_p99: float
     kl_p999: float
     kl_max: float
+    kl_counts: list[int]  # tokens between KL_EDGES; the first and the last count those beyond as well
     top1: float
     top1_error: float | None
+    flips_lost: float  # share of tokens that only the reference's most likely token predicts
+    flips_gained: float  # and only the model's
     rms_delta_p: float
 
 
@@ -57,14 +64,14 @@ def standard_error(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
+COLUMNS = ("kl", "same", "lost", "gained", "delta", "group")  # one value per token
+
+
 class Divergence:
     """Collects KL, agreement and delta-p; `add` any number of slices per group, then read `fidelity()`."""
 
     def __init__(self) -> None:
-        self._kl: list[np.ndarray] = []
-        self._same: list[np.ndarray] = []
-        self._delta: list[np.ndarray] = []
-        self._group: list[np.ndarray] = []
+        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
 
     def add(self, reference: Tensor, logits: Tensor, targets: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Compare logits [T, V] of both models at the same positions; `targets` [T] are the tokens that came next.
@@ -88,29 +95,50 @@ class Divergence:
                     f"NaN among the logits of {'the model' if got.isnan().any() else 'the reference'}: its weights are broken"
                 )
             ref_p, got_p = picked_log_prob(lp, wanted), picked_log_prob(lq, wanted)
-            self._kl.append(kl.clamp_min(0).double().cpu().numpy())  # rounding may leave -1e-8
-            self._same.append((ref.argmax(-1) == got.argmax(-1)).cpu().numpy())  # argmax takes the first maximum
-            self._delta.append((got_p.exp() - ref_p.exp()).double().cpu().numpy())
-            self._group.append(np.full(len(wanted), group))
+            ref_top, got_top = ref.argmax(-1), got.argmax(-1)  # the first maximum
+            tokens = {
+                "kl": kl.clamp_min(0).double(),  # rounding may leave -1e-8
+                "same": ref_top == got_top,
+                "lost": (ref_top == wanted) & (got_top != wanted),
+                "gained": (ref_top != wanted) & (got_top == wanted),
+                "delta": (got_p.exp() - ref_p.exp()).double(),
+                "group": torch.full_like(wanted, group),
+            }
+            for name, values in tokens.items():
+                self._columns[name].append(values.cpu().numpy())
             losses.append((-ref_p, -got_p))
         return torch.cat([a for a, _ in losses]), torch.cat([b for _, b in losses])
 
+    def columns(self) -> dict[str, list[float]]:
+        """Everything added so far, in JSON's types: one value per token and name in COLUMNS."""
+        return {name: np.concatenate(parts).tolist() for name, parts in self._columns.items() if parts}
+
+    def extend(self, columns: Mapping[str, Sequence[float]]) -> None:
+        """Add what `columns` of another gave."""
+        for name, values in columns.items():
+            self._columns[name].append(np.asarray(values))
+
     def fidelity(self) -> Fidelity:
         """Summary over everything added; ValueError when nothing was."""
-        if not self._kl:
+        if not self._columns["kl"]:
             raise ValueError("nothing was compared: no token had a prediction in both models")
-        kl, same, delta, group = (np.concatenate(x) for x in (self._kl, self._same, self._delta, self._group))
-        median, p99, p999 = np.quantile(kl, [0.5, 0.99, 0.999])
+        kl, same, lost, gained, delta, group = (np.concatenate(self._columns[name]) for name in COLUMNS)
+        median, p90, p95, p99, p999 = np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999])
         return Fidelity(
             tokens=len(kl),
             kl_mean=float(kl.mean()),
             kl_error=_grouped_error(kl, group),
             kl_median=float(median),
+            kl_p90=float(p90),
+            kl_p95=float(p95),
             kl_p99=float(p99),
             kl_p999=float(p999),
             kl_max=float(kl.max()),
+            kl_counts=np.histogram(np.clip(kl, KL_EDGES[0], KL_EDGES[-1]), KL_EDGES)[0].tolist(),
             top1=float(same.mean()),
             top1_error=_grouped_error(same, group),
+            flips_lost=float(lost.mean()),
+            flips_gained=float(gained.mean()),
             rms_delta_p=float(np.sqrt(np.mean(delta**2))),
         )
 

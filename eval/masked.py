@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from quant.eval.divergence import Divergence, Fidelity, cross_entropy, standard_error
+from quant.eval.journal import Journal
+from quant.eval.paired import t_test
 from quant.eval.perplexity import HEAD_TOKENS, PROBE_TOKENS, Progress, Scorer
 from quant.masked import Masking, counts, positions
 
@@ -44,6 +48,7 @@ class MaskedResult:
     reference_bound: float | None = None
     difference: float | None = None  # bound - reference bound
     difference_error: float | None = None  # from the paired differences of each window
+    p_value: float | None = None  # of a paired t test over windows: the two bounds are equal
 
 
 def predictions(scorer: Scorer, row: Tensor, where: Tensor, how: Masking) -> Iterator[Tensor]:
@@ -72,10 +77,11 @@ def evaluate(
     reference: Module | None = None,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
+    journal: Journal | None = None,
 ) -> MaskedResult:
     """Score windows [W, L] of token ids with `model`, and compare it with `reference` under the same masks.
 
-    Raises ValueError for differing vocabularies or NaN logits.
+    Windows that `journal` holds are not run again. Raises ValueError for differing vocabularies or NaN logits.
     """
     count, length = windows.shape
     sample = windows[:1, :PROBE_TOKENS]
@@ -84,15 +90,13 @@ def evaluate(
     found = {f"{t:g}": Divergence() for t in RATIOS}
     bounds: list[float] = []
     reference_bounds: list[float] = []
+    journal = journal or Journal()
     for at, (row, (drawn, fixed)) in enumerate(zip(windows, masks(count, length, seed), strict=True)):
-        bounds.append(sum(loss(scorer, row, where, how) for where in drawn) / DRAWS)
-        if other is not None:
-            reference_bounds.append(sum(loss(other, row, where, how) for where in drawn) / DRAWS)
-            for name, where in fixed.items():
-                wanted = torch.split(row[where].to(scorer.device), HEAD_TOKENS)
-                sides = (predictions(side, row, where, how) for side in (other, scorer))
-                for ref, got, targets in zip(*sides, wanted, strict=True):
-                    found[name].add(ref.to(scorer.device), got, targets, group=at)
+        one = journal.once(f"window {at}", partial(score, scorer, other, row, drawn, fixed, how, at))
+        bounds.append(one["bound"])
+        reference_bounds += one["reference_bounds"]
+        for name, columns in one["tokens"].items():
+            found[name].extend(columns)
         progress(at + 1, count)
     mean = sum(bounds) / count
     if not mean < float("inf"):
@@ -110,7 +114,31 @@ def evaluate(
         reference_bound=sum(reference_bounds) / count if differences else None,
         difference=sum(differences) / count if differences else None,
         difference_error=standard_error(differences),
+        p_value=t_test(differences),
     )
+
+
+def score(
+    scorer: Scorer,
+    other: Scorer | None,
+    row: Tensor,
+    drawn: list[Tensor],
+    fixed: dict[str, Tensor],
+    how: Masking,
+    at: int,
+) -> dict[str, Any]:
+    """The bounds on window number `at`, `row` [L], under the masks `drawn`, and the tokens of `Divergence` under `fixed`."""
+    found = {name: Divergence() for name in fixed}
+    bound = sum(loss(scorer, row, where, how) for where in drawn) / DRAWS
+    if other is None:
+        return {"bound": bound, "reference_bounds": [], "tokens": {}}
+    for name, where in fixed.items():
+        wanted = torch.split(row[where].to(scorer.device), HEAD_TOKENS)
+        sides = (predictions(side, row, where, how) for side in (other, scorer))
+        for ref, got, targets in zip(*sides, wanted, strict=True):
+            found[name].add(ref.to(scorer.device), got, targets, group=at)
+    theirs = sum(loss(other, row, where, how) for where in drawn) / DRAWS
+    return {"bound": bound, "reference_bounds": [theirs], "tokens": {name: one.columns() for name, one in found.items()}}
 
 
 def loss(scorer: Scorer, row: Tensor, where: Tensor, how: Masking) -> float:

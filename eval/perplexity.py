@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from quant.eval.divergence import Divergence, Fidelity, cross_entropy, standard_error
+from quant.eval.journal import Journal
+from quant.eval.paired import t_test
 
 HEAD_TOKENS = 256  # positions whose logits exist at once: 256 x 128k vocabulary in fp32 is 131 MB a model
 PROBE_TOKENS = 16
@@ -39,6 +42,7 @@ class TextResult:
     reference_perplexity: float | None = None
     ratio: float | None = None  # perplexity / reference perplexity
     ratio_error: float | None = None  # from the paired differences of each window
+    p_value: float | None = None  # of a paired t test over windows: the two models have equal cross-entropy
     fidelity: Fidelity | None = None
 
 
@@ -96,11 +100,13 @@ def evaluate(
     *,
     batch: int = 1,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> TextResult:
     """Score `windows`, int64 token ids [W, L], with a causal language model; with `reference`, also compare the two.
 
     Both models must share a tokenizer; each may live on its own device. Models are used as they are (dtype, device) and
-    left in eval mode. Raises ValueError for windows of the wrong shape, differing vocabularies, or NaN logits.
+    left in eval mode. Windows that `journal` holds are not run again. Raises ValueError for windows of the wrong shape,
+    differing vocabularies, or NaN logits.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
@@ -116,28 +122,13 @@ def evaluate(
     losses: list[float] = []  # mean cross-entropy of each window, nats
     ref_losses: list[float] = []
 
+    journal = journal or Journal()
     for start in range(0, count, batch):
         ids = windows[start : start + batch]
-        total = torch.zeros(len(ids), dtype=torch.float64)
-        ref_total = torch.zeros(len(ids), dtype=torch.float64)
-        at = 1
-        pairs: Iterator[tuple[Tensor, Tensor | None]]
-        if ref_scorer is None:
-            pairs = ((got, None) for got in scorer.slices(ids, start))
-        else:
-            pairs = zip(scorer.slices(ids, start), ref_scorer.slices(ids, start), strict=True)
-        for got, ref in pairs:
-            targets = ids[:, at : at + got.shape[1]].to(scorer.device)
-            at += got.shape[1]
-            for row in range(len(ids)):
-                if ref is None:
-                    total[row] += cross_entropy(got[row], targets[row]).double().sum().cpu()
-                else:
-                    a, b = divergence.add(ref[row].to(scorer.device), got[row], targets[row], group=start + row)
-                    ref_total[row] += a.double().sum().cpu()
-                    total[row] += b.double().sum().cpu()
-        losses += (total / (length - 1)).tolist()
-        ref_losses += (ref_total / (length - 1)).tolist()
+        found = journal.once(f"window {start}", partial(score, scorer, ref_scorer, ids, start))
+        losses += found["losses"]
+        ref_losses += found["ref_losses"]
+        divergence.extend(found["tokens"])
         if progress is not None:
             progress(min(start + batch, count), count)
 
@@ -149,14 +140,41 @@ def evaluate(
     )
     if reference is None:
         return result
-    ratio, ratio_error = _exp_mean([q - r for q, r in zip(losses, ref_losses, strict=True)])
+    differences = [q - r for q, r in zip(losses, ref_losses, strict=True)]
+    ratio, ratio_error = _exp_mean(differences)
     return replace(
         result,
         reference_perplexity=_exp_mean(ref_losses)[0],
         ratio=ratio,
         ratio_error=ratio_error,
+        p_value=t_test(differences),
         fidelity=divergence.fidelity(),
     )
+
+
+def score(scorer: Scorer, ref_scorer: Logits | None, ids: Tensor, start: int) -> dict[str, Any]:
+    """Mean cross-entropies of `ids` [B, L], windows start .. start+B-1, and what `Divergence` has of each token."""
+    divergence = Divergence()
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    ref_total = torch.zeros(len(ids), dtype=torch.float64)
+    at = 1
+    pairs: Iterator[tuple[Tensor, Tensor | None]]
+    if ref_scorer is None:
+        pairs = ((got, None) for got in scorer.slices(ids, start))
+    else:
+        pairs = zip(scorer.slices(ids, start), ref_scorer.slices(ids, start), strict=True)
+    for got, ref in pairs:
+        targets = ids[:, at : at + got.shape[1]].to(scorer.device)
+        at += got.shape[1]
+        for row in range(len(ids)):
+            if ref is None:
+                total[row] += cross_entropy(got[row], targets[row]).double().sum().cpu()
+            else:
+                a, b = divergence.add(ref[row].to(scorer.device), got[row], targets[row], group=start + row)
+                ref_total[row] += a.double().sum().cpu()
+                total[row] += b.double().sum().cpu()
+    means = {"losses": total, "ref_losses": ref_total}
+    return {name: (sums / (ids.shape[1] - 1)).tolist() for name, sums in means.items()} | {"tokens": divergence.columns()}
 
 
 def _exp_mean(values: list[float]) -> tuple[float, float | None]:

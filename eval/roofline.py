@@ -19,6 +19,7 @@ from typing import Any
 import click
 import torch
 
+from quant.eval.drawing import pyplot
 from quant.eval.kernel_speed import kernel_speed
 
 TOKENS = (1, 4, 16, 64, 512)
@@ -75,14 +76,10 @@ def shares(rows: list[dict[str, Any]], gemm: dict[str, float]) -> tuple[dict[str
 
 def draw(rows: list[dict[str, Any]], gemm: dict[str, float], machine: str, out: Path) -> None:
     """Write the figure: one panel per kind of operands, our kernels thick, rivals thin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plot = pyplot()
     found, peaks = shares(rows, gemm)
     stream = statistics.median(row["weight_gb_s"] for row in rows if row["kernel"] == "stream")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axes = plot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, (kind, (ours, rivals)) in zip(axes, PANELS.items(), strict=True):
         for kernel in (*ours, *rivals):
             if kernel in found:
@@ -101,7 +98,7 @@ def draw(rows: list[dict[str, Any]], gemm: dict[str, float], machine: str, out: 
     first = rows[0]
     figure.suptitle(f"N = {first['n']}, K = {first['k']}, {first['threads']} thread(s), {machine}", fontsize=11)
     figure.savefig(out, dpi=130)
-    pyplot.close(figure)
+    plot.close(figure)
 
 
 def machine_name() -> str:

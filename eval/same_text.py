@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quant.eval import loading
+from quant.eval.samples import common
 from quant.eval.speech import Recognizer
 
 PROMPT = 32  # tokens of each text window that are the prompt
@@ -85,8 +86,7 @@ def count(eager: Any, fast: Any, writers: Iterator[Write]) -> SameText:
         (a, a_logits), (b, b_logits) = write(eager), write(fast)
         texts += 1
         if not torch.equal(a, b):
-            same = (a[: len(b)] == b[: len(a)]).long().cumprod(0)
-            differences.append(int(same.sum()))
+            differences.append(common(a, b))
         logits += a_logits.shape == b_logits.shape and torch.equal(a_logits, b_logits)
     return SameText(texts=texts, equal=texts - len(differences), first_differences=tuple(differences), equal_logits=logits)
 

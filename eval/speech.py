@@ -7,8 +7,9 @@ model's* greedy ids, which needs no normalizer and no transcript and resolves ch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from quant.eval.divergence import Divergence, Fidelity, ratio_error
+from quant.eval.journal import Journal
+from quant.eval.paired import bootstrap
 from quant.eval.perplexity import Progress
 from quant.eval.wer import Edits, edits, loops, normalizer
 
@@ -73,6 +76,7 @@ class SpeechResult:
     reference: Transcription | None = None
     wer_change: float | None = None  # model minus reference
     wer_change_error: float | None = None  # paired over clips
+    wer_change_interval: list[float] | None = None  # [low, high] of 95 %, paired bootstrap over clips
     changed: int | None = None  # clips whose transcript is not the reference model's, letter by letter
     fidelity: Fidelity | None = None  # teacher-forced on the reference's greedy ids, end-of-text included
 
@@ -161,7 +165,11 @@ class Heard:
     given: int
     finished: bool
     seconds: float
-    logits: Tensor | None
+    logits: Tensor | None = None
+
+
+SAID = ("text", "given", "finished", "seconds")  # of a Heard, what a journal keeps
+NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 class _Tally:
@@ -228,34 +236,36 @@ def evaluate(
     language: str = "en",
     folder: Path | None = None,
     progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> SpeechResult:
     """Transcribe `clips` with `model` and, if given, `reference`; both use `processor` and the language code `language`.
 
     `folder` is where a `normalizer.json` may lie. A clip longer than Whisper's window is transcribed by its sequential
-    long-form procedure; such clips count for word errors but not for the teacher-forced comparison. Raises ValueError
-    for no clips.
+    long-form procedure; such clips count for word errors but not for the teacher-forced comparison. Clips that `journal`
+    holds are not run again. Raises ValueError for no clips.
     """
     if not clips:
         raise ValueError("no clips to evaluate: give --audio a folder or jsonl that lists at least one")
     normalize, normalizer_name = normalizer(processor, language, folder)
     ours = Recognizer(model, processor, language)
     ours.warm_up(clips)
-    theirs: Iterable[Heard | None] = repeat(None, len(clips))
+    journal = journal or Journal()
+    left = [clip for at, clip in enumerate(clips) if f"clip {at}" not in journal]
+    theirs: Iterator[Heard | None] = repeat(None)
     if reference is not None:
-        theirs = listen(reference, processor, clips, language) if isinstance(reference, Module) else reference
+        theirs = listen(reference, processor, left, language) if isinstance(reference, Module) else iter(reference)
     tally, ref_tally = _Tally(normalize), _Tally(normalize)
     divergence = Divergence()
     lines: list[Line] = []
 
-    for at, (clip, there) in enumerate(zip(clips, theirs, strict=True)):
-        features, here = _transcribe(ours, clip)
+    for at, clip in enumerate(clips):
+        one = journal.once(f"clip {at}", partial(score, ours, clip, theirs, at))
+        here, there = (None if said is None else Heard(**said, ids=NO_IDS) for said in (one["here"], one["there"]))
+        assert here is not None
         tally.add(clip.text, here)
         if there is not None:
             ref_tally.add(clip.text, there)
-            wanted = there.ids[there.given :].to(ours.device)
-            if there.logits is not None and len(wanted):
-                logits = ours.logits(features, there.ids)[there.given - 1 :]
-                divergence.add(there.logits.to(ours.device), logits, wanted, group=at)
+        divergence.extend(one["tokens"])
         heard = None if there is None else there.text
         lines.append(Line(file=str(clip.path), text=clip.text, transcript=here.text, reference_transcript=heard))
         if progress is not None:
@@ -274,9 +284,24 @@ def evaluate(
         reference=ref_summary,
         wer_change=None if summary.wer is None or ref_summary.wer is None else summary.wer - ref_summary.wer,
         wer_change_error=ratio_error(tally.errors() - ref_tally.errors(), tally.words()),
+        wer_change_interval=bootstrap(tally.errors() - ref_tally.errors(), tally.words()),
         changed=changed(lines),
         fidelity=None if all(ours.is_long(clip.samples) for clip in clips) else divergence.fidelity(),
     )
+
+
+def score(ours: Recognizer, clip: Clip, theirs: Iterator[Heard | None], at: int) -> dict[str, Any]:
+    """What the model makes of clip number `at`, what the next of the reference is, and what `Divergence` has of each token."""
+    divergence = Divergence()
+    there = next(theirs)
+    features, here = _transcribe(ours, clip)
+    if there is not None and there.logits is not None:
+        wanted = there.ids[there.given :].to(ours.device)
+        if len(wanted):
+            logits = ours.logits(features, there.ids)[there.given - 1 :]
+            divergence.add(there.logits.to(ours.device), logits, wanted, group=at)
+    said = (None if one is None else {name: getattr(one, name) for name in SAID} for one in (here, there))
+    return {"here": next(said), "there": next(said), "tokens": divergence.columns()}
 
 
 def changed(lines: Sequence[Line]) -> int:
@@ -292,4 +317,4 @@ def _transcribe(recognizer: Recognizer, clip: Clip) -> tuple[dict[str, Tensor], 
     ids = (recognizer.long_form(features) if long else recognizer.greedy(features)).cpu()
     seconds = time.perf_counter() - start
     given = max(recognizer.prompt_length(ids), 1)
-    return features, Heard(recognizer.text(ids), ids, given, long or recognizer.finished(ids), seconds, None)
+    return features, Heard(recognizer.text(ids), ids, given, long or recognizer.finished(ids), seconds)

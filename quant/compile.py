@@ -42,6 +42,7 @@ class LayerReport:
     kernel"); None where inputs stay in floats. Compare it within one model only.
     tokens: calibration tokens that the layer saw. data: False for an expert that saw too few, whose errors are of its weights.
     shares: what the format says of the codes, see `Format.shares`.
+    outlier_ratio: greatest input channel over the median one, by absmax, after folds and rotation; None without data.
     """
 
     name: str
@@ -56,17 +57,22 @@ class LayerReport:
     note: str
     data: bool = True
     shares: dict[str, float] = field(default_factory=dict)
+    outlier_ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One finished block. refused_folds: layer -> reason. trained: what BlockTuners say; errors are before them."""
+    """One finished block. refused_folds: layer -> reason. trained: what BlockTuners say; errors are before them.
+
+    folds: layer -> the norm or linear that its input channels were divided in.
+    """
 
     name: str
     seconds: float
     layers: list[LayerReport]
     refused_folds: dict[str, str]
     trained: list[dict[str, Any]] = field(default_factory=list)
+    folds: dict[str, str] = field(default_factory=dict)
 
 
 Listener = Callable[[int, int, BlockReport], None]  # blocks done, blocks in all, the block just finished
@@ -220,7 +226,7 @@ def run_block(
         else:
             fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
     advance(block.to(compute_dtype(device)), chains["quant"])
-    return BlockReport(name, time.monotonic() - began, layers, refused, trained), fields
+    return BlockReport(name, time.monotonic() - began, layers, refused, trained, view.folds), fields
 
 
 def quantize_members(
@@ -244,6 +250,7 @@ def quantize_members(
             "give more calibration.tokens or an activation rule that measures tokens as they come"
         )
     zeros = zero_fractions(group.stats, activation, inputs)
+    outlier_ratio = float(stats.absmax.max() / stats.absmax.median().clamp_min(1e-12)) if stats.data else None
     lost, lost_rtn = aim - fmt.dequantize(codes), aim - fmt.dequantize(fmt.nearest(aim))
     out = []
     at = 0
@@ -266,6 +273,7 @@ def quantize_members(
             target.note,
             stats.data,
             fmt.shares(mine),
+            outlier_ratio,
         )
         out.append((target, fmt.pack(mine) | {name: t.clone() for name, t in inputs.items()}, report))
     return out

@@ -37,7 +37,8 @@ class InputGroup:
 class BlockView:
     """A float32 block, its input groups, and `run`, which gives its output on a sample in float32.
 
-    schemes: format and activation rule that each linear will get. stored_dtype: of a parameter on disk.
+    schemes: format and activation rule that each linear will get. stored_dtype: of a parameter on disk. folds: linear -> the
+    norm or linear in which `fold` divided its input.
     """
 
     name: str
@@ -47,6 +48,7 @@ class BlockView:
     stored_dtype: Callable[[str], torch.dtype]
     schemes: Mapping[str, tuple[Format, Activation]]
     changed: set[str] = field(default_factory=set)
+    folds: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -123,6 +125,8 @@ class BlockView:
             return f"it changes the block's output by {moved:.1e} of its norm"
         group.stats.follow(r, shift)
         self.changed |= saved.keys()
+        if bool((r != 1).any()):
+            self.folds |= dict.fromkeys(group.names, maker_name)
         return None
 
     def refuses_shift(self, group: InputGroup, maker: str, width: int) -> str | None:

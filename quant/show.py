@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant.checkpoint import layers_on_disk, read_config
-from quant.models import index, read_json
+from quant.models import Entry, index, read_json
 from quant.plan import Plan
 
 
@@ -102,29 +103,45 @@ def print_result(console: Console, folder: Path) -> None:
 @click.command("inspect")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Every layer instead of one line per kind.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write the tables as an HTML page.")
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Also write a page: maps of errors, the worst layers, what to do."
+)
 def command(out: Path, layers: bool, html: Path | None) -> None:
     """Formats, bits per weight, per-layer error and provenance of a quantized folder."""
-    section = read_config(out)["quantization_config"]
     tensors = index(out)
     path = out / "report.json"
     report: dict[str, Any] = read_json(path) if path.is_file() else {}
-    console = Console(record=html is not None, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{out}: format version {section['version']}, {len(layers_on_disk(tensors))} packed layers")
-    for rule in section["rules"]:
-        console.print(f"  {rule['match']}: {rule['format']}, activation {rule['activation']}")
-    size = sum(entry.stop - entry.start for entry in tensors.values())
-    console.print(f"tensors: {len(tensors)}, {megabytes(size)}")
+    if html is not None and not report:
+        raise ValueError(f"{path} does not exist, and a page is made of it; inspect a folder that `quantize` wrote")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    lines = facts(out, tensors, report)
+    for line in lines:
+        console.print(line)
     if report:
-        totals = report["totals"]
-        console.print(f"made from {report['source']} by recipe {report['recipe']}, calibrated on {report['calibration']}")
-        console.print(f"packed linears: {totals['packed_bits_per_weight']:.3f} bits per weight; {totals['seconds']:.0f} s")
-        if totals.get("head"):
-            console.print(f"packed {head_line(totals['head'])}")
-        console.print(" ".join(f"{key} {value}" for key, value in report["environment"].items()))
         console.print(error_table(report, layers))
     if html is not None:
-        console.save_html(str(html))
+        from quant import layer_page
+
+        stored: Counter[str] = Counter()
+        for name, entry in tensors.items():
+            stored[name.rpartition(".")[0]] += entry.stop - entry.start
+        layer_page.write(html, out, lines, error_table(report, layers), report, stored)
+
+
+def facts(out: Path, tensors: dict[str, Entry], report: dict[str, Any]) -> list[str]:
+    """What holds of the whole folder."""
+    section = read_config(out)["quantization_config"]
+    size = sum(entry.stop - entry.start for entry in tensors.values())
+    lines = [f"{out}: format version {section['version']}, {len(layers_on_disk(tensors))} packed layers"]
+    lines += [f"  {rule['match']}: {rule['format']}, activation {rule['activation']}" for rule in section["rules"]]
+    lines += [f"tensors: {len(tensors)}, {megabytes(size)}"]
+    if report:
+        totals = report["totals"]
+        lines += [f"made from {report['source']} by recipe {report['recipe']}, calibrated on {report['calibration']}"]
+        lines += [f"packed linears: {totals['packed_bits_per_weight']:.3f} bits per weight; {totals['seconds']:.0f} s"]
+        lines += [f"packed {head_line(totals['head'])}"] if totals.get("head") else []
+        lines += [" ".join(f"{key} {value}" for key, value in report["environment"].items())]
+    return lines
 
 
 def error_table(report: dict[str, Any], each: bool) -> Table:

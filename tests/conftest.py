@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
@@ -65,3 +66,45 @@ def packed_speech(tiny: ModuleType, clips: Path, tmp_path_factory: pytest.TempPa
     root = tmp_path_factory.mktemp("whisper")
     quant.quantize(tiny.whisper_folder(root / "float"), "dgq", root / "packed", calib=str(clips), overrides=["head=null"])
     return root / "packed"
+
+
+class Page(HTMLParser):
+    """A page's text, whole and by kind of element; AssertionError where elements are not closed or anything is from outside."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.parts: dict[str, str] = {}
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in {"script", "link", "iframe", "img", "image", "object", "embed", "base"}, tag
+        for name, value in attrs:
+            fetched = name.rpartition(":")[2] in {"src", "href", "srcset", "action", "data", "poster"}
+            assert not fetched or str(value).startswith("#"), (tag, name, value)
+            assert "url(" not in str(value).replace("url(#", ""), (tag, name, value)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            assert "url(" not in data
+            assert "@import" not in data
+        elif self.open:
+            self.text += data
+            self.parts[self.open[-1]] = self.parts.get(self.open[-1], "") + data
+
+
+@pytest.fixture
+def read_page() -> Callable[[Path], Page]:
+    """The checked `Page` of a file."""
+    return lambda path: Page(path.read_text(encoding="utf-8"))

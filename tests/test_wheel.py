@@ -58,6 +58,8 @@ def test_wheel_holds_everything(wheel: Path) -> None:
         assert f"quant/recipes/{recipe.name}" in names
     for table in (ROOT / "kernels" / "gpu").rglob("*.json"):
         assert f"quant/kernels/gpu/{table.name}" in names
+    for page in (ROOT / "quant" / "pages").iterdir():
+        assert f"quant/pages/{page.name}" in names
     assert "quant/py.typed" in names
     assert any(name.startswith("quant/kernels/cpu/csrc/") and name.endswith(".cpp") for name in names)
     if shutil.which("g++") or shutil.which("c++"):

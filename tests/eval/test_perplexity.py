@@ -2,13 +2,16 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from scipy.stats import ttest_rel
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quant.eval import divergence, perplexity
 from quant.eval.divergence import Divergence
+from quant.eval.journal import Journal
 
 SHAPE = {
     "vocab_size": 97,
@@ -63,6 +66,7 @@ def test_a_model_agrees_with_itself(model):
     result = perplexity.evaluate(model, WINDOWS, model)
     assert result.ratio == 1
     assert result.ratio_error == 0
+    assert result.p_value == 1
     assert result.fidelity.kl_max == 0
     assert result.fidelity.top1 == 1
     assert result.fidelity.rms_delta_p == 0
@@ -78,9 +82,17 @@ def test_comparison_is_the_definition(model):
     assert fidelity.kl_mean == pytest.approx(kl.mean().item(), rel=1e-4)
     assert fidelity.kl_max == pytest.approx(kl.max().item(), rel=1e-4)
     assert fidelity.kl_median == pytest.approx(kl.quantile(0.5).item(), rel=1e-3)
-    assert fidelity.kl_p99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
+    for found, at in ((fidelity.kl_p90, 0.9), (fidelity.kl_p95, 0.95), (fidelity.kl_p99, 0.99), (fidelity.kl_p999, 0.999)):
+        assert found == pytest.approx(kl.quantile(at).item(), rel=1e-3)
+    counted = [int(((kl >= low) & (kl < high)).sum()) for low, high in pairwise(divergence.KL_EDGES)]
+    assert sum(abs(a - b) for a, b in zip(fidelity.kl_counts, counted, strict=True)) <= 4  # a token at an edge counts twice
+    assert sum(fidelity.kl_counts) == 900
     assert fidelity.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=1 / 900)
     target = WINDOWS[:, 1:, None]
+    right, wanted = (x.argmax(-1, keepdim=True) == target for x in (q, p))
+    assert fidelity.flips_lost == pytest.approx((wanted & ~right).double().mean().item(), abs=1 / 900)
+    assert fidelity.flips_gained == pytest.approx((right & ~wanted).double().mean().item(), abs=1 / 900)
+    assert 0 < fidelity.flips_lost + fidelity.flips_gained <= 1 - fidelity.top1
     delta = q.gather(-1, target).exp() - p.gather(-1, target).exp()
     assert fidelity.rms_delta_p == pytest.approx(delta.square().mean().sqrt().item(), rel=1e-4)
     losses = [-x.gather(-1, target).squeeze(-1).mean(dim=1) for x in (p, q)]
@@ -88,6 +100,7 @@ def test_comparison_is_the_definition(model):
     assert result.ratio == pytest.approx(by_definition(other) / by_definition(model), rel=1e-5)
     paired = (losses[1] - losses[0]).std() / math.sqrt(3)
     assert result.ratio_error == pytest.approx(result.ratio * paired.item(), rel=1e-3)
+    assert result.p_value == pytest.approx(ttest_rel(*losses).pvalue, rel=1e-2)
 
 
 def test_more_noise_more_divergence(model):
@@ -145,6 +158,32 @@ def test_errors_are_over_groups():
     assert often.fidelity().kl_error == pytest.approx(once.fidelity().kl_error, rel=1e-6)
     kl = [float(-row.log_softmax(-1).mean() - math.log(8)) for row in rows]
     assert once.fidelity().kl_error == pytest.approx(divergence.standard_error(kl), rel=1e-5)
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_numbers(model, tmp_path, monkeypatch):
+    other = perturbed(model, 0.1)
+    whole = perplexity.evaluate(other, WINDOWS, model)
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        perplexity.evaluate(other, WINDOWS, model, progress=stop, journal=Journal(path))
+    with path.open("a") as file:
+        file.write('["window 2", {"losses": [1.')  # killed while it wrote
+    journal = Journal(path)
+    assert journal.resumed == 2
+    ran = []
+    score = perplexity.score
+    monkeypatch.setattr(perplexity, "score", lambda *given: ran.append(given[-1]) or score(*given))
+    assert perplexity.evaluate(other, WINDOWS, model, journal=journal) == whole
+    assert ran == [2]
+    assert Journal(path).resumed == 3
+    assert Journal(path, fresh=True).resumed == 0
+    journal.finish()
+    assert not path.exists()
 
 
 def test_refusals(model):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from quant.eval import speech, wer
+from quant.eval.journal import Journal
 from quant.eval.speech import Line
 
 START, EOS, QUIET, VOCAB = 257, 256, 258, 260
@@ -172,6 +173,32 @@ def test_more_noise_more_divergence(model, clips):
     assert small.top1 >= large.top1
     assert small.tokens == large.tokens  # the positions are the reference's
     assert found[1].changed == 3
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_numbers(model, clips, tmp_path):
+    """Neither model hears again what was heard before it was killed."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.decoder.embed_tokens.weight += 0.1 * torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(1))
+    whole = speech.evaluate(other, model, Processor(), clips)
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        speech.evaluate(other, model, Processor(), clips, progress=stop, journal=Journal(tmp_path / "journal"))
+    heard = []
+    for side in (other, model):
+        side.generate = lambda *given, generate=side.generate, **options: heard.append(options) or generate(*given, **options)
+    try:
+        resumed = speech.evaluate(other, model, Processor(), clips, journal=Journal(tmp_path / "journal"))
+    finally:
+        del model.generate
+    assert len(heard) == 2 * 2  # a second to warm up and the last clip, of each
+    for part in ("lines", "fidelity", "wer_change", "wer_change_interval", "changed"):
+        assert getattr(resumed, part) == getattr(whole, part)
+    assert whole.wer_change_interval[0] <= whole.wer_change <= whole.wer_change_interval[1]
 
 
 def test_teacher_forcing_scores_what_greedy_decoding_chose(model, clips):
