@@ -40,6 +40,8 @@ def dense(model: Any, dtype: torch.dtype) -> Any:
             head.weight = table.weight
             replace(model, name, head)
             model.all_tied_weights_keys[f"{name}.weight"] = f"{source}.weight"
+            for owner in model.modules():  # what `embedding.untie` set over the class's own
+                owner.__dict__.pop("_tied_weights_keys", None)
     stack(model)
     model.config._attn_implementation = "sdpa"  # ours has no backward pass, and may round probabilities
     return model.to(dtype)
