@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, has_bias, require_version, scheme_of, softmax_bits
 from quant.embedding import PackedEmbedding, install, packable, replace, size_of
-from quant.experts import stacks_of, unstack
+from quant.experts import PARTS, stacks_of, unstack
 from quant.linear import PackedLinear
 from quant.models import read_header
 from quant.naming import renamings
@@ -124,13 +123,13 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if extra := self.quantization_config.section.get("bias"):
             kind = type(model).__name__
             raise ValueError(f"{extra[0]} was given a bias, which a float {kind} has no place for; this model stays packed")
-        mixture = bool(stacks_of(model))
+        merged = [f"{name}.{param}" for name in stacks_of(model) for param in PARTS]
         dequantize(model, model.dtype if dtype is None else dtype)
         if softmax_bits(self.quantization_config.section) is not None:
             model.set_attn_implementation("sdpa")
-        if mixture:  # save_pretrained takes apart what is one tensor again
+        if merged:  # save_pretrained names and takes apart what is one tensor again
             used = model._weight_conversions or []
-            model._weight_conversions = [step for step in self.stock if step in used or isinstance(step, WeightConverter)]
+            model._weight_conversions = [s for s in self.stock if s in used or makes(s, merged)]
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -147,6 +146,11 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Packed weights have no gradient."""
         return False
+
+
+def makes(step: Any, names: list[str]) -> bool:
+    """Whether a weight transform of transformers makes one of these parameters."""
+    return any(name.endswith(pattern.rstrip("$")) for pattern in step.target_patterns for name in names)
 
 
 def recast(model: Any, wanted: dict[str, torch.dtype]) -> None:
