@@ -132,6 +132,18 @@ def unstack(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), leaf, Experts(module))
 
 
+def restack(model: nn.Module) -> None:
+    """The inverse of `unstack` for experts whose linears are in floats, in place."""
+    for name, experts in stacks_of(model).items():
+        module = copy.copy(experts.source)
+        module._parameters = {}
+        for param in ("gate_up_proj" if experts.gated else "up_proj", "down_proj"):
+            rows = [[experts.get_parameter(f"{i}.{part}.weight").data for part in PARTS[param]] for i in range(experts.count)]
+            module.register_parameter(param, nn.Parameter(torch.stack([torch.cat(parts) for parts in rows])))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
 def stacks_of(model: nn.Module) -> dict[str, Experts]:
     """Every set of experts that was taken apart, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}

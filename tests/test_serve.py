@@ -148,54 +148,6 @@ def test_shards_of_save_pretrained_load_back(packed: Packed, tmp_path: Path) -> 
     assert all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_dequantized_it_is_an_ordinary_checkpoint(tiny: ModuleType, tied: bool, tmp_path: Path) -> None:
-    """Of float tokens: the packed model's logits to rounding. A transformers without us reads it and finds the same."""
-    source, folder = tiny.llama_folder(tmp_path / "float", tied=tied), tmp_path / "packed"
-    quant.quantize(source, "rtn", folder, overrides=[*tiny.SMALL, "head=8"])  # in a tied model the embedding too
-    ids = torch.arange(1, 9).unsqueeze(0)
-    model = quant.load(folder, dtype=torch.float32)
-    wanted = model(ids).logits
-    plain = model.dequantize()
-    assert not any(isinstance(module, PackedLinear) for module in plain.modules())
-    found = plain(ids).logits
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
-    plain.save_pretrained(tmp_path / "plain")
-    torch.save(found, tmp_path / "logits")
-    code = """
-import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/plain", dtype=torch.float32)
-found, wanted = model(torch.arange(1, 9).unsqueeze(0)).logits, torch.load(sys.argv[1] + "/logits")
-shared = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-print(torch.allclose(found, wanted, atol=1e-5), shared, "quant" in sys.modules)
-"""
-    assert python(code, tmp_path) == f"True {tied} False"
-
-
-def test_whole_models_are_exported_and_compiled(packed: Packed) -> None:
-    """torch.export of the forward pass, which `torch.compile` and serving stacks trace too: the same numbers, our operators."""
-    ids = torch.arange(1, 9).unsqueeze(0)
-    model = quant.load(packed("dgq"), dtype=torch.float32)
-    wanted = model(ids, use_cache=False).logits
-    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
-    assert torch.allclose(exported.module()(ids, use_cache=False).logits, wanted, atol=1e-4)
-    assert any("lowbit" in str(node.target) for node in exported.graph.nodes)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=False)
-    assert torch.allclose(compiled(ids, use_cache=False).logits, wanted, atol=1e-4)
-
-
-def test_weights_may_be_offloaded(packed: Packed, tmp_path: Path) -> None:
-    """accelerate keeps layers on disk and brings them for the time of their forward pass."""
-    from accelerate import disk_offload
-
-    ids = torch.arange(1, 9).unsqueeze(0)
-    wanted = quant.load(packed("rtn"))(ids).logits
-    model = quant.load(packed("rtn"))
-    disk_offload(model, tmp_path / "offloaded", execution_device=torch.device("cpu"), offload_buffers=True)
-    assert torch.equal(model(ids).logits, wanted)
-    assert torch.equal(model(ids).logits, wanted)
-
-
 def test_models_of_two_folders_do_not_disturb_each_other(packed: Packed) -> None:
     """The class remembers nothing of the folder that was loaded before."""
     for recipe in ("dgq", "rtn", "dgq"):
