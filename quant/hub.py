@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 import yaml
 
-from quant.models import HUB_ID
+from quant.models import HUB_ID, index
 
 TEXTS = ("README.md", "recipe.yaml", "report.json")  # may name local files
 T = TypeVar("T")
@@ -33,6 +33,8 @@ def told(repo: str) -> Iterator[None]:
         yield
     except errors.LocalTokenNotFoundError:
         raise ValueError("no token for the Hub; run hf auth login, or set HF_TOKEN to a token that may write") from None
+    except errors.OfflineModeIsEnabled:
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be sent to the Hub; unset it") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         why = {401: "the token is not valid", 403: "the token may not write there", 404: "it does not exist"}
@@ -87,6 +89,7 @@ def push(folder: Path, repo: str, private: bool = False, say: Callable[[str], No
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (config.get("quantization_config") or {}).get("quant_method") != "lowbit" or not (folder / "report.json").is_file():
         raise ValueError(f"{folder} is no folder that quantize wrote; give its output")
+    index(folder)  # names a weight file that is missing or cut short
     files = published(folder)
     size = sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in files.values())
     say(f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB, to {repo}")
