@@ -35,7 +35,8 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-# vLLM pins another transformers, so it has an environment of its own. The CPU build: 4 minutes and 3.5 GB to install, then 3 minutes of tests.
+# vLLM pins another transformers, so it has an environment of its own. The CPU build: 4 minutes and 3.5 GB to install, then 3 minutes of tests
+# of tiny models; the two of trained models took 7 minutes each on two busy cores.
 # torchvision and its kin come as CUDA builds, which break imports beside a CPU torch.
 $(VLLM)/ready: setup.py
 	$(PYTHON) -m venv $(VLLM)

@@ -321,6 +321,35 @@ def test_harness_on_local_tasks(folder, tmp_path, monkeypatch):
         harness.Harness([str(folder)])
 
 
+ROLLING = """task: passage
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{q}}}}"
+metric_list: [{{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}]
+"""
+
+
+def test_lm_eval_finds_the_same_on_the_dequantized_model(packed, tmp_path, monkeypatch):
+    """Packed weights with float tokens are those weights, whoever asks."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out, rows = packed("gptq"), tmp_path / "rows.jsonl"
+    quiz = [{"q": f"the number {i} is", "options": ["odd", "even"], "gold": 1 - i % 2} for i in range(12)]
+    rows.write_text("\n".join(map(json.dumps, quiz)))
+    for name, text in (("tiny", TASK.format(name="tiny", rows=rows)), ("passage", ROLLING.format(rows=rows))):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    chosen = harness.Harness([str(tmp_path / "tiny.yaml"), str(tmp_path / "passage.yaml")])
+    model, tokenizer = loading.load(out, torch.float32, "cpu"), PreTrainedTokenizerFast.from_pretrained(out)
+    ours, ours_by_item = chosen.run(model, tokenizer, "packed", Journal(), max_length=32, items=True)
+    dense, dense_by_item = chosen.run(model.dequantize(), tokenizer, "dense", Journal(), max_length=32, items=True)
+    assert ours["tiny"] == dense["tiny"]
+    assert ours_by_item["tiny"] == dense_by_item["tiny"]
+    assert ours["passage"]["byte_perplexity"] == pytest.approx(dense["passage"]["byte_perplexity"], rel=1e-5)
+
+
 def is_right(model, tokenizer, row):
     ids = [tokenizer(f"{row['q']} {option}", return_tensors="pt").input_ids for option in row["options"]]
     with torch.no_grad():
