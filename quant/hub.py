@@ -10,15 +10,14 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 import yaml
 
+from quant.checkpoint import read_config
 from quant.models import HUB_ID, index
 
 TEXTS = ("README.md", "recipe.yaml", "report.json")  # may name local files
-T = TypeVar("T")
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def told(repo: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError:
         raise ValueError("no token for the Hub; run hf auth login, or set HF_TOKEN to a token that may write") from None
     except errors.OfflineModeIsEnabled:
-        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be sent to the Hub; unset it") from None
+        raise ValueError(f"HF_HUB_OFFLINE is set, so nothing can be sent to {repo}; unset it") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         why = {401: "the token is not valid", 403: "the token may not write there", 404: "it does not exist"}
@@ -45,11 +44,15 @@ def told(repo: str) -> Iterator[None]:
 
 
 def require_access(repo: str) -> str:
-    """The user of the token, before a long run; ValueError in one line where there is none or `repo` is no name."""
+    """The user of the token, before a long run; ValueError in one line without one, or where `repo` is not the user's."""
     from huggingface_hub import HfApi
 
     with told(repo):
-        return str(HfApi().whoami()["name"])
+        user = HfApi().whoami()
+    own = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+    if repo.partition("/")[0] not in own:
+        raise ValueError(f"{repo} lies in no namespace of {user['name']}; allowed: {', '.join(own)}")
+    return str(user["name"])
 
 
 def local_names(folder: Path) -> dict[str, str]:
@@ -84,13 +87,12 @@ def push(folder: Path, repo: str, private: bool = False, say: Callable[[str], No
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    config: dict[str, Any] = {}
-    if (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (config.get("quantization_config") or {}).get("quant_method") != "lowbit" or not (folder / "report.json").is_file():
-        raise ValueError(f"{folder} is no folder that quantize wrote; give its output")
-    index(folder)  # names a weight file that is missing or cut short
+    read_config(folder)
+    if not (folder / "report.json").is_file():
+        raise ValueError(f"{folder} has no report.json; give the folder that quantize wrote")
+    index(folder)  # a weight file that is missing or cut short is named
     files = published(folder)
+    require_access(repo)
     size = sum(len(data) if isinstance(data, bytes) else data.stat().st_size for data in files.values())
     say(f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB, to {repo}")
     with told(repo):

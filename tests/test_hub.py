@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
+
+from quant.cli import main
 
 TOKEN = "hf_stand_in"
 
@@ -61,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.answer({"error": "Invalid credentials"}, 401)
         elif self.path == "/api/whoami-v2":
-            self.answer({"name": "me", "type": "user"})
+            self.answer({"name": "me", "type": "user", "orgs": [{"name": "we"}]})
         else:
             self.server.unknown.append(self.path)
             self.answer({"error": "unknown"}, 404)
@@ -114,13 +118,14 @@ def hub() -> Iterator[Hub]:
 
 
 def quantize(hub: Hub, folder: Path, *words: str, token: str = TOKEN) -> tuple[int, str, str]:
-    """The command in a process of its own, for the address of the Hub is read when huggingface_hub is imported."""
-    code = "import sys; from quant.cli import main; sys.exit(main())"
-    home = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder), "NO_PROXY": "*"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], env=os.environ | home, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+    """Exit code, output and error stream of the command."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(constants, "ENDPOINT", hub.url)  # read from HF_ENDPOINT when the module was imported
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files go through LFS
+        patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        patch.setenv("HF_TOKEN", token)
+        return main(words), out.getvalue(), err.getvalue()
 
 
 def test_the_folder_arrives_in_one_commit(hub: Hub, packed: Callable[..., Path], tmp_path: Path) -> None:
@@ -139,11 +144,16 @@ def test_the_folder_arrives_in_one_commit(hub: Hub, packed: Callable[..., Path],
         assert str(Path(source).parent).encode() not in data
 
 
-def test_refusals_are_one_line(hub: Hub, packed: Callable[..., Path], llama: Path, tmp_path: Path) -> None:
-    folder = str(packed("rtn"))
+def test_refusals_are_one_line(
+    hub: Hub, packed: Callable[..., Path], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cut = str(packed("rtn")), str(shutil.copytree(packed("rtn"), tmp_path / "cut"))
+    os.truncate(Path(cut, "model.safetensors"), 5000)
     cases = [
-        (["push", str(llama), "me/model"], TOKEN, "is no folder that quantize wrote"),
+        (["push", str(llama), "me/model"], TOKEN, "was not written by quantize"),
         (["push", folder, "me/model/more"], TOKEN, "'me/model/more' is no name of a repository"),
+        (["push", cut, "me/model"], TOKEN, "model.safetensors"),
+        ([str(llama), "--push-to", "you/model", "-o", str(tmp_path / "out")], TOKEN, "in no namespace of me; allowed: me, we"),
         ([str(llama), "--push-to", "me/model", "-o", str(tmp_path / "out")], "hf_wrong", "the token is not valid"),
     ]
     for words, token, line in cases:
@@ -152,6 +162,10 @@ def test_refusals_are_one_line(hub: Hub, packed: Callable[..., Path], llama: Pat
         assert len(err.splitlines()) == 1
         assert line in err
     assert not (tmp_path / "out").exists(), "the token is looked at before the work"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in quantize(hub, tmp_path, "push", folder, "me/model")[2]
+    monkeypatch.undo()
+    assert "no token for the Hub" in quantize(hub, tmp_path, "push", folder, "me/model", token="")[2]
     hub.allowed = False
     assert "the token may not write there" in quantize(hub, tmp_path, "push", folder, "me/model")[2]
     hub.url = "http://127.0.0.1:9"  # nobody listens there
