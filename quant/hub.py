@@ -43,8 +43,8 @@ def told(repo: str) -> Iterator[None]:
         raise ValueError(f"cannot reach the Hub ({error}); the folder is kept, run quantize push later") from None
 
 
-def require_access(repo: str) -> str:
-    """The user of the token, before a long run; ValueError in one line without one, or where `repo` is not the user's."""
+def require_access(repo: str) -> None:
+    """Raise ValueError, in one line, unless there is a token whose user has the namespace of `repo`: before a long run."""
     from huggingface_hub import HfApi
 
     with told(repo):
@@ -52,7 +52,6 @@ def require_access(repo: str) -> str:
     own = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
     if repo.partition("/")[0] not in own:
         raise ValueError(f"{repo} lies in no namespace of {user['name']}; allowed: {', '.join(own)}")
-    return str(user["name"])
 
 
 def local_names(folder: Path) -> dict[str, str]:
