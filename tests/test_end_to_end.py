@@ -38,6 +38,8 @@ def decode(fields: dict[str, Tensor], k: int) -> Tensor:
     """The weight [N, K] that a layer's tensors mean, written from the format's definition with plain loops over bits."""
     if is_fp4(fields):
         return decode_fp4(fields, k)
+    if fields["weight_packed"].dtype == torch.float8_e4m3fn:
+        return small_floats(8, 4)[fields["weight_packed"].view(torch.uint8).long()] * fields["weight_scale"]
     raw = fields["weight_packed"].to(torch.int32)
     if fields.get("weight_scale", raw).dim() == 3:
         return decode_planes(raw, fields["weight_scale"].float(), k)
@@ -135,6 +137,12 @@ def int8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return (torch.round(args[0] * (1 / scale)).clamp(-127, 127) * scale, *args[1:])
 
 
+def fp8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Forward hook: the input on E4M3, each token's largest value at 448."""
+    scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / 448
+    return ((args[0] / scale).to(torch.float8_e4m3fn).float() * scale, *args[1:])
+
+
 def static_input(scale: Tensor, zero: Tensor, bits: int) -> Any:
     """Forward hook: codes 0 .. 2^bits - 1 of one step, with a zero for all channels or for each."""
 
@@ -173,6 +181,8 @@ def input_hook(rule: dict[str, Any], fields: dict[str, Tensor]) -> Any:
         case "int4_group" | "int6_group":
             half = {"int4_group": 8, "int6_group": 32}[rule["name"]]
             return int_group_input(rule["group"], half, (1.0, 0.9) if rule["search"] else (1.0,))
+        case "fp8_token":
+            return fp8_input
     raise AssertionError(rule)
 
 

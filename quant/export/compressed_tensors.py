@@ -4,6 +4,7 @@
     W4A16, W8A16    pack-quantized          weight_packed int32: a little-endian bit stream along K; weight_scale [N, K/G];
     W4A8            pack-quantized          weight_shape; weight_zero_point int32, a bit stream along N, where asymmetric
     W8A8            int-quantized           weight int8, weight_scale [N, 1]
+    FP8             float-quantized         weight float8 E4M3, weight_scale [N, 1]
     NVFP4, MXFP4    {nv,mx}fp4-pack-...     as `fp4_block` stores them
 
 Every integer and scale is written as it is, so a reader that computes in float32 gets the weights of `quant.load`, bit for
@@ -34,6 +35,7 @@ from quant.export.packed import Export, Layer, PackedFolder, sorted_out
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.format import Codes
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp8 import Fp8
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup, pack_bits
 
@@ -85,12 +87,14 @@ def refusal(layer: Layer) -> str | None:
         if isinstance(rule, NvFp4) and rule.four_six:
             return "engines map a block of tokens to 6, not to 6 or 4; quantize with --set activation.four_six=false"
         return None
+    if isinstance(fmt, Fp8) and rule.name in ("none", "fp8_token"):
+        return None
     if isinstance(fmt, Int4Dual) and rule.name in ("none", "int8_token"):
         return (
             "int4_dual has an integer step and a zero point under each row scale, for which there is no scheme; "
             "quantize with --set format.name=int_group"
         )
-    return f"there is no scheme for {fmt.name} weights with {rule.name} activations; the recipes gptq, w8a8 and nvfp4 have one"
+    return f"there is no scheme for {fmt.name} weights with {rule.name} activations; gptq, w8a8, fp8 and nvfp4 have one"
 
 
 def as_int8(layer: Layer) -> bool:
@@ -117,6 +121,11 @@ def scheme(layer: Layer) -> dict[str, Any]:
         weights |= {"scale_dtype": dtype}
         inputs = None if rule.name == "none" else {**weights, "dynamic": "local" if fmt.kind == "nvfp4" else True}
         layout = f"{fmt.kind}-pack-quantized"
+    elif isinstance(fmt, Fp8):
+        weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "group_size": None}
+        if rule.name == "fp8_token":
+            inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+        layout = "float-quantized"
     else:
         assert isinstance(fmt, IntGroup)
         size = (
@@ -135,6 +144,8 @@ def words(layer: Layer) -> str:
     fmt, bare = layer.format, layer.activation.name == "none"
     if isinstance(fmt, Fp4Block):
         return f"{fmt.kind.upper()}{'A16' * bare}"
+    if isinstance(fmt, Fp8):
+        return f"FP8{'A16' * bare}"
     assert isinstance(fmt, IntGroup)
     size = "one scale per row" if fmt.group == -1 else f"groups of {fmt.group}"
     return f"W{fmt.bits}A{16 if bare else 8}, {size}, {'symmetric' if fmt.symmetric else 'asymmetric'}"
@@ -157,6 +168,9 @@ def pieces(folder: PackedFolder, layer: Layer, given: Layer) -> list[Piece]:
     if isinstance(fmt, Fp4Block):
         kept = {**fmt.fields(n, k), **layer.activation.fields(k)}
         return [piece(key, *field, partial(checked, folder, layer, key)) for key, field in kept.items()]
+    if isinstance(fmt, Fp8):
+        on_disk = {"weight": "weight_packed", "weight_scale": "weight_scale"}
+        return [piece(key, *fmt.fields(n, k)[ours], partial(checked, folder, layer, ours)) for key, ours in on_disk.items()]
     assert isinstance(fmt, IntGroup)
 
     def codes() -> Codes:
@@ -273,8 +287,8 @@ def notes(folder: PackedFolder, packed: list[Layer]) -> list[str]:
         fmt, bare = layer.format, layer.activation.name == "none"
         if isinstance(fmt, Fp4Block):
             found[NO_CPU.format(words(layer))] = None
+        if not isinstance(fmt, IntGroup):
             continue
-        assert isinstance(fmt, IntGroup)
         if not fmt.symmetric:
             found[ASYMMETRIC] = None
         if fmt.bits == 8 and bare:

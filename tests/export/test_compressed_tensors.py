@@ -23,12 +23,14 @@ from quant.cli import main
 from quant.export.compressed_tensors import INT8_ROWS, int32_stream, select
 from quant.export.packed import PackedFolder
 from quant.kernels.activation import Activation
+from quant.kernels.activations.fp8_token import Fp8Token
 from quant.kernels.activations.int_token import Int4Token, Int8Token
 from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.format import Format
 from quant.kernels.formats.fp4_block import BIAS, Fp4Block
+from quant.kernels.formats.fp8 import Fp8
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 
@@ -42,6 +44,8 @@ SCHEMES: dict[str, tuple[Format, Activation]] = {
     "W8A16-asymmetric": (IntGroup(bits=8, group=-1, symmetric=False), PLAIN),
     "W8A8": (INT8_ROWS, INT8),
     "W4A8": (IntGroup(bits=4, group=32, symmetric=True), INT8),
+    "FP8": (Fp8(), Fp8Token()),
+    "FP8A16": (Fp8(), PLAIN),
     "NVFP4A16": (Fp4Block(kind="nvfp4"), PLAIN),
     "NVFP4": (Fp4Block(kind="nvfp4"), NvFp4()),
     "MXFP4A16": (Fp4Block(kind="mxfp4"), PLAIN),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quant.kernels import dispatch
 from quant.kernels.activation import Activation
+from quant.kernels.activations.fp8_token import Fp8Token
 from quant.kernels.activations.int_token import Int8Token, quantize_token
 from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.none import Unquantized
@@ -19,6 +20,7 @@ from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.format import Codes, Fields, Format
 from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp8 import Fp8
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
@@ -41,6 +43,7 @@ FORMATS = {
     "fp4": lambda g: (FpChannel(group=g), Unquantized()),
     "fp4_row": lambda g: (FpChannel(group=-1), Unquantized()),
     "fp8": lambda g: (FpChannel(bits=8), Unquantized()),
+    "e4m3": lambda g: (Fp8(), Fp8Token()),
     "w8_row": lambda g: (IntGroup(bits=8, group=-1, symmetric=False), Unquantized()),
     "mxfp4": lambda g: (Fp4Block(kind="mxfp4"), Unquantized()),
     "nvfp4": lambda g: (Fp4Block(kind="nvfp4"), Unquantized()),
@@ -73,6 +76,9 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
         exponents = torch.tensor([EXPONENTS[fmt.bits][n % 3]], dtype=torch.uint8)
         codes = torch.randint(0, 2**fmt.bits, (n, k), dtype=torch.uint8)
         return Codes(codes, {"weight_scale": scale, "weight_exponents": exponents})
+    if isinstance(fmt, Fp8):
+        codes = torch.randint(0, 127, (n, k), dtype=torch.uint8) | torch.randint(0, 2, (n, k), dtype=torch.uint8) << 7
+        return Codes(codes, {"weight_scale": torch.rand(n, 1) * 0.1 + 0.01})
     assert isinstance(fmt, IntGroup)
     top, groups = 2**fmt.bits, fmt.groups(k)
     sign = torch.where(torch.rand(n, groups) < 0.3, -1.0, 1.0)
