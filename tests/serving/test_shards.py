@@ -17,6 +17,7 @@ from quant.kernels.activation import Activation
 from quant.kernels.activation import from_config as rule_from
 from quant.kernels.format import Fields, Format
 from quant.kernels.formats.fp4_block import Fp4Block
+from quant.kernels.formats.fp8 import Fp8
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
@@ -36,6 +37,7 @@ SCHEMES: dict[str, tuple[Format, Activation]] = {
     "nvfp4": (Fp4Block(kind="nvfp4"), PLAIN),
     "mxfp4": (Fp4Block(kind="mxfp4"), PLAIN),
     "fp4-rows": (FpChannel(bits=4), PLAIN),
+    "e4m3": (Fp8(), PLAIN),
     "fp8-groups": (FpChannel(bits=8, group=32), PLAIN),
 }
 
