@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.eval import loading, perplexity
 from quant.eval.rivals.base import Choice
-from quant.eval.rivals.llama_cpp import silent
+from quant.eval.rivals.llama_cpp import load_model
 
 
 def llama_perplexity(file: Path, windows: Tensor, threads: int) -> float:
@@ -26,12 +26,7 @@ def llama_perplexity(file: Path, windows: Tensor, threads: int) -> float:
     """
     import llama_cpp
 
-    llama_cpp.llama_log_set(silent, None)
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())
-    if not model:
-        raise ValueError(f"llama.cpp does not load {file}; write it with quantize export OUT --to gguf")
-    size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    model, size = load_model(file)
     if int(windows.max()) >= size:
         raise ValueError(f"{file} has {size} tokens and the text has token {int(windows.max())}; is it of another model?")
     length = windows.shape[1]

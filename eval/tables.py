@@ -33,29 +33,26 @@ def table_of(*columns: str) -> Table:
 
 def text_table(text: TextResult) -> Table:
     """Perplexities and their ratio."""
-    table = table_of("", "model", "reference", "ratio")
-    table.add_row(
-        "perplexity",
-        pm(text.perplexity, text.perplexity_error, ".4f"),
-        pm(text.reference_perplexity, None, ".4f"),
-        pm(text.ratio, text.ratio_error, ".5f"),
-    )
-    if text.ratio is not None:
-        table.add_row("paired t test over windows", "", "", verdict(text.p_value))
-    return table
+    cells = pm(text.perplexity, text.perplexity_error, ".4f"), pm(text.reference_perplexity, None, ".4f")
+    return windows_table(("", "ratio"), "perplexity", cells, pm(text.ratio, text.ratio_error, ".5f"), text.p_value)
 
 
 def masked_table(masked: MaskedResult) -> Table:
     """Bounds of the likelihood and their difference."""
-    table = table_of(f"{masked.draws} masks of each window", "model", "reference", "difference")
-    table.add_row(
-        "bound of -log p, nats per token",
-        pm(masked.bound, masked.bound_error, ".4f"),
-        pm(masked.reference_bound, None, ".4f"),
+    cells = pm(masked.bound, masked.bound_error, ".4f"), pm(masked.reference_bound, None, ".4f")
+    titles, change = (
+        (f"{masked.draws} masks of each window", "difference"),
         pm(masked.difference, masked.difference_error, "+.5f"),
     )
-    if masked.difference is not None:
-        table.add_row("paired t test over windows", "", "", verdict(masked.p_value))
+    return windows_table(titles, "bound of -log p, nats per token", cells, change, masked.p_value)
+
+
+def windows_table(titles: tuple[str, str], name: str, cells: tuple[str, str], change: str, p_value: float | None) -> Table:
+    """One quantity of model and reference under the titles of its column and of the change; the test where there is one."""
+    table = table_of(titles[0], "model", "reference", titles[1])
+    table.add_row(name, *cells, change)
+    if change:
+        table.add_row("paired t test over windows", "", "", verdict(p_value))
     return table
 
 

@@ -10,6 +10,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,20 @@ from quant.eval.speed_worker import Repeat, Workload, prompt_ids, text_metrics
 
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 silent = LOG(lambda level, text, data: None)  # kept here: the library calls it as long as the process lives
+
+
+def load_model(file: Path) -> tuple[Any, int]:
+    """A GGUF file on the CPU, and how many tokens it knows. Raises ValueError when llama.cpp does not read it."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(silent, None)
+    llama_cpp.llama_backend_init()
+    options = llama_cpp.llama_model_default_params()
+    options.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(bytes(file), options)
+    if not model:
+        raise ValueError(f"llama.cpp does not load {file}; give a whole GGUF file of an architecture that it knows")
+    return model, llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
 
 class LlamaCpp(Rival):
@@ -50,14 +65,7 @@ class LlamaCpp(Rival):
     def open(self, source: Path, made: Path, variant: str, work: Workload, threads: int) -> Callable[[], Repeat]:
         import llama_cpp
 
-        llama_cpp.llama_log_set(silent, None)
-        llama_cpp.llama_backend_init()
-        options = llama_cpp.llama_model_default_params()
-        options.n_gpu_layers = 0
-        model = llama_cpp.llama_model_load_from_file(bytes(made / f"{variant}.gguf"), options)
-        if not model:
-            raise ValueError(f"llama.cpp does not load the {variant} file of {source}")
-        size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        model, size = load_model(made / f"{variant}.gguf")
         context_options = llama_cpp.llama_context_default_params()
         context_options.n_ctx = work.prompt + work.new
         context_options.n_batch = context_options.n_ubatch = work.prompt

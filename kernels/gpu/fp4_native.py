@@ -21,7 +21,7 @@ from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.fp4_block import BLOCKS, Fp4Block
 from quant.kernels.gpu import deployed, launch
-from quant.kernels.gpu.plan import COMBINE_TILE, POINTER, Arguments, output, program
+from quant.kernels.gpu.plan import POINTER, Arguments, combine_step, output, program
 from quant.kernels.gpu.program import Plan, Scratch, Step, Value, run
 
 TOKENS_BLOCK = 2048  # elements of a token per program
@@ -68,11 +68,7 @@ def plan(n: int, k: int, kind: str, x: str, bias: str | None, four_six: bool, bm
     steps += [Step(program=built, arguments=bound, rows=bm, columns=BN, splits=splits, n=n)]
     scratch = [Scratch(name="q", dtype="uint8", per_token=k // 2), Scratch(name="q_scale", dtype="uint8", per_token=k // group)]
     if splits > 1:
-        rows, columns = COMBINE_TILE
-        arguments = [("part_ptr", "*fp32", "partial"), ("x_scale_ptr", "*fp32", ""), *scaled, ("y_ptr", output(x), "y")]
-        arguments += [("M", "i32", "M"), ("N", "i32", n)]
-        built, bound = program("combine", arguments, {"SPLIT": splits, "BM": rows, "BN": columns}, 4, 1, False)
-        steps += [Step(program=built, arguments=bound, rows=rows, columns=columns, n=n)]
+        steps += [combine_step("*fp32", [("x_scale_ptr", "*fp32", ""), *scaled], x, n, splits)]
         scratch += [Scratch(name="partial", dtype="float32", per_token=splits * n)]
     return Plan(steps=tuple(steps), scratch=tuple(scratch))
 

@@ -144,18 +144,18 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
     return Step(program=built, arguments=bound, rows=tile.bm, columns=tile.bn, splits=splits, n=layer.n)
 
 
-def combine_step(layer: Layer, splits: int) -> Step:
-    sums = "*i32" if POLICIES[layer.policy].integer else "*fp32"
+def combine_step(sums: str, scaled: Arguments, x: str, n: int, splits: int) -> Step:
+    """sums: Triton type of the partial sums; scaled: as `epilogue`; x: dtype of the output."""
     arguments: Arguments = [
         ("part_ptr", sums, "partial"),
-        *epilogue(layer),
-        ("y_ptr", output(layer.x), "y"),
+        *scaled,
+        ("y_ptr", output(x), "y"),
         ("M", "i32", "M"),
-        ("N", "i32", layer.n),
+        ("N", "i32", n),
     ]
     rows, columns = COMBINE_TILE
     built, bound = program("combine", arguments, {"SPLIT": splits, "BM": rows, "BN": columns}, 4, 1, False)
-    return Step(program=built, arguments=bound, rows=rows, columns=columns, n=layer.n)
+    return Step(program=built, arguments=bound, rows=rows, columns=columns, n=n)
 
 
 def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Plan:
@@ -170,7 +170,7 @@ def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Pl
     if splits > 1:
         sums = "int32" if POLICIES[layer.policy].integer else "float32"
         scratch.append(Scratch(name="partial", dtype=sums, per_token=splits * layer.n))
-        steps.append(combine_step(layer, splits))
+        steps.append(combine_step(POINTER[sums], epilogue(layer), layer.x, layer.n, splits))
     return Plan(steps=tuple(steps), scratch=tuple(scratch))
 
 

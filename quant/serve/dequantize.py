@@ -27,29 +27,26 @@ def dequantize(model: Any, dtype: torch.dtype) -> None:
     for name in ("generate", "runtime"):  # compiled graphs of the packed layers
         vars(model).pop(name, None)
     model.to(dtype)
-    tables: dict[nn.Module, nn.Embedding] = {}
+    tables: dict[nn.Module, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedEmbedding):
             table = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-            table.weight = nn.Parameter(module.weight)
-            tables[module] = table
-            replace(model, name, tables[module])
+            table.weight = tables[module] = nn.Parameter(module.weight)
+            replace(model, name, table)
         elif isinstance(module, PackedLinear):
-            replace(model, name, linear(module.weight, module.bias))
+            replace(model, name, linear(nn.Parameter(module.weight), module.bias))
     for name, module in list(model.named_modules()):
         if isinstance(module, TiedHead):
-            shared = tables[module.embedding].weight
-            replace(model, name, linear(shared, None))
-            model.get_submodule(name).weight = shared
+            replace(model, name, linear(tables[module.embedding], None))
     if tables:
         retie(model)
     restack(model)
 
 
-def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """nn.Linear around existing tensors, trainable as any."""
+def linear(weight: nn.Parameter, bias: torch.Tensor | None) -> nn.Linear:
+    """nn.Linear around an existing parameter, which may be shared, and a bias; trainable as any."""
     module = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    module.weight = nn.Parameter(weight)
+    module.weight = weight
     module.bias = None if bias is None else nn.Parameter(bias.detach())  # type: ignore[assignment]
     module.out_features, module.in_features = weight.shape
     return module
