@@ -48,6 +48,12 @@ class Format(ABC):
 
     name: ClassVar[str]
     whole: ClassVar[frozenset[str]] = frozenset()  # fields that belong to a weight as a whole; all others have a row per row
+    additive: ClassVar[frozenset[str]] = frozenset()  # fields that training moves by sums: they may change their sign
+
+    @property
+    def tile(self) -> int:
+        """Neighbouring weights of a row that share codes: 1, or the length of a codebook's vectors."""
+        return 1
 
     @abstractmethod
     def refuses(self, n: int, k: int) -> str | None:
@@ -81,7 +87,11 @@ class Format(ABC):
 
     def project(self, weight: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         """The uint8 codes [N, K] nearest to a float32 weight under given parameters."""
-        raise ValueError(f"{self.name} cannot round under given scales, so its codes cannot be trained; set distill.codes=0")
+        raise ValueError(f"{self.name} cannot round under given scales, so its codes cannot be trained; leave pv_tuning out")
+
+    def nearer(self, weight: Tensor, codes: Codes) -> Tensor:
+        """Codes no further from a float32 weight [N, K] than those given, under their parameters: the nearest, if feasible."""
+        return self.project(weight, codes.params)
 
     def shares(self, codes: Codes) -> dict[str, float]:
         """What a report says of a weight's codes: shares by name, none for most formats."""

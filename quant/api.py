@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from quant import checkpoint, forecast
+from quant.calibrate import Sample
 from quant.card import model_card
 from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_table
 from quant.loading import load
@@ -28,7 +29,8 @@ from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, load_recipe
 from quant.resources import peak_memory_bytes, usable_device
 from quant.samples import make_samples
-from quant.workspace import Workspace
+from quant.train.processes import joined
+from quant.workspace import Workspace, partial_folder
 
 NOT_COPIED = {"config.json", "demo.json", INDEX, "README.md", "report.json", "recipe.yaml"}
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -97,12 +99,45 @@ def compile_folder(
     listen: Listener = lambda done, total, block: None,
     tell: Tell = lambda done, total, loss: None,
 ) -> Path:
-    """Run a plan to the end and return `output`. An interrupted run leaves OUTPUT.partial and goes on when called again."""
+    """Run a plan to the end and return `output`. An interrupted run leaves OUTPUT.partial and goes on when called again.
+
+    Under `accelerate launch` the first process quantizes and writes, all of them train.
+    """
     require_free(output)
-    began = time.monotonic()
+    began, crew = time.monotonic(), joined(device)
     predicted = forecast.peak_memory_bytes(plan)
     samples, calibration = make_samples(plan, device)
-    work = Workspace(output, plan.identity(calibration))
+    work = Workspace(output, plan.identity(calibration)) if crew.main else None
+    report = {} if work is None else pack(plan, samples, calibration, work, device, listen)
+    crew.wait()
+    folder = partial_folder(output)
+    final = folder / "final"
+    tuned = [tuner.tune(final, plan, device, folder / f"tuned-{i}", tell) for i, tuner in enumerate(plan.recipe.tuners())]
+    if work is not None:
+        if tuned:
+            report["tuned"] = tuned
+        report["totals"] |= {
+            "seconds": time.monotonic() - began,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "predicted_peak_memory_bytes": predicted,
+        }
+        (final / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (final / "README.md").write_text(model_card(plan, report, output.name), encoding="utf-8")
+        for path in sorted(plan.source.iterdir()):
+            if path.is_file() and path.suffix in COPIED and path.name not in NOT_COPIED:
+                shutil.copyfile(path, final / path.name)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(final, output)
+        work.remove()
+    crew.wait()
+    return output
+
+
+def pack(
+    plan: Plan, samples: list[Sample], calibration: str, work: Workspace, device: torch.device, listen: Listener
+) -> dict[str, Any]:
+    """Quantize all blocks and write a folder that loads, `final` in the workspace; returns what report.json says so far."""
     resumed = len(work.reports)
     try:
         table = run_table(plan, work)
@@ -121,26 +156,9 @@ def compile_folder(
         config["mask_token_id"] = plan.masking.token  # as the calibration had it, for `quantize eval`
     (final / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (final / "recipe.yaml").write_text(plan.recipe.dump(), encoding="utf-8")
-    tuned = [tuner.tune(final, plan, device, work.folder / f"tuned-{i}", tell) for i, tuner in enumerate(plan.recipe.tuners())]
     report = make_report(plan, blocks, table, calibration, str(device))
-    if tuned:
-        report["tuned"] = tuned
-    report["totals"] |= {
-        "seconds": time.monotonic() - began,
-        "blocks_resumed": resumed,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "predicted_peak_memory_bytes": predicted,
-    }
-    (final / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (final / "README.md").write_text(model_card(plan, report, output.name), encoding="utf-8")
-    for path in sorted(plan.source.iterdir()):
-        if path.is_file() and path.suffix in COPIED and path.name not in NOT_COPIED:
-            shutil.copyfile(path, final / path.name)
-    if output.is_dir():
-        output.rmdir()
-    os.replace(final, output)
-    work.remove()
-    return output
+    report["totals"]["blocks_resumed"] = resumed
+    return report
 
 
 def make_report(

@@ -96,7 +96,9 @@ def job(
     if model is None:
         raise ValueError(NO_MODEL)
     from quant.recipe import load_recipe
+    from quant.train import processes
 
+    quiet = quiet or not processes.launched().main
     sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
     words = [model.removeprefix("demo:").rstrip("/").rpartition("/")[2]]
     words += ["auto" if recipe_name == "auto" else load_recipe(recipe_name, sets).name]
@@ -118,7 +120,7 @@ def job(
     target = output or Path(safe_name("-".join(words)))
     say: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: console.print(line))
     measures = recipe_name == "auto" or bits is not None
-    where = usable_device(device, here=measures or not only_plan)
+    where = processes.own_device(usable_device(device, here=measures or not only_plan))
     if not only_plan:
         require_free(target)
         if push_to is not None:
@@ -143,7 +145,7 @@ def job(
         from quant.show import print_result
 
         print_result(console, target)
-    if push_to is not None:
+    if push_to is not None and processes.launched().main:
         say(hub.push(target, push_to, say=say))
 
 

@@ -22,12 +22,17 @@ from quant.kernels.format import Fields
 from quant.models import Entry, read_header, read_json
 
 
+def partial_folder(output: Path) -> Path:
+    """Where the run that will make `output` keeps what it has so far."""
+    return output.with_name(f"{output.name}.partial")
+
+
 class Workspace:
     """reports: one dict per finished block, in order."""
 
     def __init__(self, output: Path, identity: str) -> None:
         """Open or create the workspace beside `output`. Raises ValueError when it belongs to another run, or one is at work."""
-        self.folder = output.with_name(f"{output.name}.partial")
+        self.folder = partial_folder(output)
         self.reports: list[dict[str, Any]] = []
         self.stacks_done = 0
         self._progress = self.folder / "progress.json"

@@ -41,6 +41,11 @@ class BasePass(BaseModel):
     rows: ClassVar[int] = ROWS_KEPT  # tokens of each sequence that it wants to see whole
     shifts: ClassVar[bool] = False  # whether it may shift inputs, so that every reader of a shifted norm needs a bias
 
+    @classmethod
+    def name(cls) -> str:
+        """As recipes spell it."""
+        return cls.__module__.rpartition(".")[2]
+
     @property
     def rounded(self) -> bool:
         """Whether passes after the transforms shall see statistics of the inputs as packed layers read them: rounded."""

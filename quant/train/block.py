@@ -109,7 +109,7 @@ class Reconstruction:
     def __init__(self, block: PackedBlock, rates: Rates, same: float = 0.0) -> None:
         self.block, self.same = block, same
         self.layers: dict[str, Trained] = {
-            name: Latent(layer) if rates.codes else Trained(layer, codes=False) for name, layer in block.layers.items()
+            name: Latent(layer) if rates.codes else Trained(layer) for name, layer in block.layers.items()
         }
         for name, layer in self.layers.items():
             block.put(name, layer)
@@ -143,7 +143,9 @@ class Reconstruction:
             return [self.block.inputs.run(self.block.module, index) for index in range(len(self.block.samples))]
 
     def refresh(self) -> None:
-        """Dense weights for the next forward passes."""
+        """Codes that follow their latents, and dense weights for the next forward passes."""
+        for latent in self.latents:
+            latent.settle()
         for layer in self.layers.values():
             layer.refresh(torch.float32)
 

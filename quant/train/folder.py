@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quant.models import index
 from quant.plan import Plan
 from quant.resources import compute_dtype
+from quant.train.latent import Discrete, Latent
 from quant.train.layer import Trained
 
 
@@ -23,22 +24,38 @@ class Student:
     layers: dict[str, Trained]
     others: dict[str, nn.Parameter]
 
+    @property
+    def latents(self) -> dict[str, Latent]:
+        """The layers whose codes move."""
+        return {name: layer for name, layer in self.layers.items() if isinstance(layer, Latent)}
+
+    @property
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """Norms and biases."""
+        return self.others | {f"{n}.bias": layer.bias for n, layer in self.layers.items() if layer.bias is not None}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that has a gradient, in a fixed order."""
+        theta = {f"{n}.{key}": value for n, layer in self.layers.items() for key, value in layer.theta.items()}
+        return theta | {f"{n}.steps": layer.steps for n, layer in self.latents.items()} | self.vectors
+
     def refresh(self) -> None:
         """Dense weights for the next forward passes, in the dtype that the device multiplies fast."""
         for layer in self.layers.values():
             layer.refresh(compute_dtype(layer.codes.device))
 
 
-def open_student(folder: Path, plan: Plan, device: torch.device, codes: bool) -> Student:
+def open_student(folder: Path, plan: Plan, device: torch.device, codes: Discrete | None) -> Student:
     """The packed model in float32. Trained are the plan's targets and the vectors (norms, biases) of their blocks.
 
-    codes: whether codes may move as well. The head and the embeddings stay as they are.
+    codes: how codes may move, None where they stay. The head and the embeddings stay as they are.
     """
     from quant.loading import load
 
     model = load(folder, dtype=torch.float32, device=device, compile=False).requires_grad_(False)
     model.set_attn_implementation("sdpa")  # ours has no backward pass
-    layers = {name: Trained(model.get_submodule(name), codes) for name in plan.targets}
+    packed = {name: model.get_submodule(name) for name in plan.targets}
+    layers = {name: Trained(layer) if codes is None else Latent(layer, codes) for name, layer in packed.items()}
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)

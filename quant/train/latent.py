@@ -1,32 +1,53 @@
-"""A trained linear whose codes are, at any time, the rounding of a latent weight, straight through.
+"""A trained linear whose codes follow a latent weight, straight through.
 
-    W = dequantize(nearest(V step), step),   dL/dV := step dL/dW        V: `steps`, [N, K]; W / step at first
+    V step:  codes <- nearest(latent step) in the tiles that may move,   latent <- (1 - decay) latent + decay W / step
+    dL/dlatent := step dL/dW                        latent: `steps`, [N, K], in steps of the grid; W / step at first
 
-so every weight can change its code in a short training. V counts in steps of its group and is held between the lowest and the
-highest level of the grid: from an end it is as far to the next code as from anywhere else, and no weight is lost beyond it. A
-change of the scale alone changes no code.
+so every weight can change its code in a short training. A latent is held between the lowest and the highest level of its grid:
+from an end it is as far to the next code as from anywhere else, and no weight is lost beyond it. A change of the scale alone
+changes no code.
 
-EfficientQAT (Chen et al., 2024) trains weights, scales and zero points of a block so, by Adam, from latents at the float
-weight. That throws away the choice of codes which GPTQ made together; a short training does not win it back.
+tau = 1 is plain straight-through training. EfficientQAT (Chen et al., 2024) trains weights, scales and zero points of a block
+so, by Adam, from latents at the float weight. That throws away the choice of codes which GPTQ made together; a short training
+does not win it back. tau < 1 is PV-Tuning's limit (Malinovskii et al., 2024): only the share tau of a layer's tiles whose
+latent is furthest from what it is served as moves in one step, so that a large step stays within what its gradient says.
+decay = 0 is its latent mode, decay = 1 its direct mode, which forgets what did not move. A tile is what shares codes: one
+weight, or a vector of a codebook.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.format import Codes
+from quant.kernels.format import Codes, Format
 from quant.linear import PackedLinear
 from quant.train.layer import Trained
 
+SPARE = 4  # times as many tiles are tried as may move: the nearest code of a distant latent can be the one it has
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """tau, decay: see above. trust: the largest |W_new - W| / |W| of a layer in one step, 0 for none."""
+
+    tau: float = 1.0
+    decay: float = 0.0
+    trust: float = 0.0
+
 
 class Latent(Trained):
-    """In the place of a PackedLinear [N, K]; `refresh` rounds."""
+    """In the place of a PackedLinear [N, K]; `settle` is the V step."""
 
-    def __init__(self, packed: PackedLinear) -> None:
-        super().__init__(packed, codes=False)
+    def __init__(self, packed: PackedLinear, discrete: Discrete = Discrete()) -> None:
+        super().__init__(packed)
+        self.discrete = discrete
         step = self.spread(self.format.steps(self.start))
-        self.low, self.high = (self.end(step, sign) for sign in (-1.0, 1.0))
+        bounded = self.format.tile == 1  # a codebook has no ends
+        self.low, self.high = (self.end(step, sign) if bounded else None for sign in (-1.0, 1.0))
         self.steps = nn.Parameter(self.weight(self.codes).detach() / step)
 
     def spread(self, step: Tensor) -> Tensor:
@@ -42,7 +63,8 @@ class Latent(Trained):
     @torch.no_grad()
     def hold(self) -> None:
         """Bring the latents back between the ends of their grids."""
-        self.steps.view(*self.low.shape[:2], -1).clamp_(self.low, self.high)
+        if self.low is not None and self.high is not None:
+            self.steps.view(*self.low.shape[:2], -1).clamp_(self.low, self.high)
 
     def collect(self) -> Tensor | None:
         grad = super().collect()
@@ -52,7 +74,50 @@ class Latent(Trained):
         return grad
 
     @torch.no_grad()
-    def refresh(self, dtype: torch.dtype) -> None:
+    def settle(self) -> int:
+        """The V step; returns how many tiles got other codes."""
         params = self.params()
-        self.codes = self.format.project(self.steps * self.spread(self.format.steps(params)), params)
-        super().refresh(dtype)
+        step = self.spread(self.format.steps(params))
+        self.codes, moved = discrete_step(self.format, Codes(self.codes, params), self.steps * step, self.discrete)
+        if self.discrete.decay:
+            self.steps.lerp_(self.weight(self.codes) / step, self.discrete.decay)
+        return moved
+
+
+def discrete_step(fmt: Format, codes: Codes, latent: Tensor, limits: Discrete) -> tuple[Tensor, int]:
+    """New codes, and how many tiles changed; latent float32 [N, K].
+
+    Of the tiles whose nearest code is another one, the share tau of all that lies furthest, as far as `trust` allows; one at
+    least.
+    """
+    now = fmt.dequantize(codes)
+    far = (latent - now).square().view(len(now), -1, fmt.tile).sum(-1)
+    most = math.ceil(limits.tau * far.numel())
+    if fmt.tile == 1:
+        wanted = fmt.project(latent, codes.params)
+        moved = fmt.dequantize(Codes(wanted, codes.params)) != now  # by value: a float format has two codes for zero
+    else:
+        wanted, moved = nearest_tiles(fmt, codes, latent, far, min(SPARE * most, far.numel()))
+    count = int(moved.sum())
+    if count > most or (limits.trust and count > 1):
+        order = far.masked_fill(~moved, -1).flatten().topk(min(most, count)).indices
+        if limits.trust:
+            change = (fmt.dequantize(Codes(wanted, codes.params)) - now).square().view(*far.shape, -1).sum(-1)
+            size = change.flatten()[order].cumsum(0).sqrt()
+            order = order[: int((size <= limits.trust * now.norm()).sum()) + 1]
+        moved = torch.zeros_like(moved).flatten().index_fill_(0, order, True).view_as(moved)
+    there = moved if fmt.tile == 1 else moved.unsqueeze(-1)
+    return torch.where(there, wanted, codes.codes), int(moved.sum())
+
+
+def nearest_tiles(fmt: Format, codes: Codes, latent: Tensor, far: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Codes [N, K // tile, M] with those of the `most` furthest tiles replaced by nearer ones, and which tiles [N, K // tile]
+    changed. Each tile is rounded as the weight [1, tile] that it is.
+    """
+    at = far.flatten().topk(most).indices
+    rows = at // far.shape[1]
+    tiles, old = latent.view(-1, fmt.tile)[at], codes.codes.flatten(0, 1)[at]
+    found = fmt.nearer(tiles, Codes(old.unsqueeze(1), fmt.rows(codes.params, rows))).squeeze(1)
+    wanted = codes.codes.flatten(0, 1).index_put((at,), found).view_as(codes.codes)
+    moved = torch.zeros(far.numel(), dtype=torch.bool, device=far.device).index_put((at,), (found != old).any(-1))
+    return wanted, moved.view_as(far)

@@ -1,12 +1,9 @@
-"""A packed linear in training: float tensors of its format move by gradient, codes by a latent weight, tokens straight through.
+"""A packed linear in training: what is continuous in its format moves, tokens are rounded straight through.
 
     W(theta, codes) = format.dequantize(codes, start * exp(theta))         theta: one number per stored scale, 0 at first
-    U <- U - codes_rate * step * clip(g / rms(g), -3, 3)                   g = dL/dW, rms over a row, U = W at first
-    codes <- nearest(U) where |U - W| is among the largest tau of the layer
 
-so a weight changes its code when gradients of many batches agree, and few do at a time (PV-Tuning, Malinovskii et al., 2024:
-a P step on what is continuous, a V step on codes in latent mode with the subspace limit tau; its authors use LAMB where this
-divides by a row's RMS). Nothing is kept per weight but U.
+Entries of a codebook may pass through 0: they are start + rms(start) theta. For PV-Tuning (Malinovskii et al., 2024) this is
+the P step; `latent.py` has the V step, on codes.
 """
 
 from __future__ import annotations
@@ -17,14 +14,13 @@ from torch import Tensor, nn
 from quant.kernels.format import Codes, Fields
 from quant.linear import PackedLinear
 
-REACH = 3.0  # of a latent's move, in units of the row's RMS gradient: one outlier token must not throw codes about
 CONTINUOUS = (torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32)
 
 
 class Trained(nn.Module):
     """In the place of a PackedLinear [N, K]. `refresh` makes the dense weight of forward, `collect` takes its gradient."""
 
-    def __init__(self, packed: PackedLinear, codes: bool) -> None:
+    def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
         self.format, self.activation = packed.format, packed.activation
         self.n, self.k = packed.out_features, packed.in_features
@@ -33,18 +29,19 @@ class Trained(nn.Module):
         self.codes = found.codes
         self.start = dict(found.params)
         self.inputs = {name: fields[name] for name in self.activation.fields(self.k)}
-        moving = [name for name, value in self.start.items() if value.dtype in CONTINUOUS and name not in self.format.whole]
+        fixed = self.format.whole - self.format.additive  # NVFP4's divisor is shared by the layers that engines fuse
+        moving = [name for name, value in self.start.items() if value.dtype in CONTINUOUS and name not in fixed]
         self.theta = nn.ParameterDict({name: torch.zeros_like(self.start[name], dtype=torch.float32) for name in moving})
         self.bias = None if packed.bias is None else nn.Parameter(packed.bias.detach().float())
         self.dense = torch.empty(0)
-        self.latent = self.weight(codes=self.codes).detach() if codes else None
 
     def params(self) -> dict[str, Tensor]:
         """The format's parameters as they would be stored, differentiable in theta."""
         found = dict(self.start)
         for name, theta in self.theta.items():
             dtype = self.start[name].dtype
-            value = self.start[name].float() * theta.exp()
+            start = self.start[name].float()
+            value = start + start.square().mean().sqrt() * theta if name in self.format.additive else start * theta.exp()
             stored = value.clamp(max=torch.finfo(dtype).max).to(dtype).float()  # NVFP4 starts its largest scale there
             found[name] = value + (stored - value).detach()
         return found
@@ -73,25 +70,6 @@ class Trained(nn.Module):
         if self.theta:  # mxfp4 stores no number that could move a little
             self.weight(self.codes).backward(grad)  # type: ignore[no-untyped-call]
         return grad
-
-    @torch.no_grad()
-    def move_codes(self, grad: Tensor, rate: float, tau: float) -> int:
-        """One V step along `grad` [N, K]; returns how many codes changed."""
-        assert self.latent is not None
-        params = self.params()
-        size = grad.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
-        step = self.format.steps(params).abs()
-        move = (grad / size).clamp_(-REACH, REACH).view(*step.shape, -1) * (rate * step.unsqueeze(-1))
-        self.latent -= move.view_as(self.latent)
-        wanted = self.format.project(self.latent, params)
-        now = self.weight(self.codes)
-        moved = self.weight(wanted) != now  # by value: a float format has two codes for zero
-        most = max(1, int(tau * moved.numel()))
-        if int(moved.sum()) > most:
-            far = torch.where(moved, (self.latent - now).abs(), 0.0)
-            moved &= far >= far.flatten().topk(most).values[-1]
-        self.codes = torch.where(moved, wanted, self.codes)
-        return int(moved.sum())
 
     @torch.no_grad()
     def fields(self) -> Fields:

@@ -17,42 +17,59 @@ from quant.passes.distill import Pass
 from quant.train.distill import deviation_weights, divergence
 from quant.train.schedule import share_of_rate
 
-OPTIONS = {"steps": 12, "windows": 2, "held": 2, "scales": 0.01, "vectors": 0.003, "codes": 0.06, "save_every": 4}
+OPTIONS = {"steps": 12, "windows": 2, "held": 2, "scales": 0.01, "vectors": 0.003, "save_every": 4}
+CODES = OPTIONS | {"codes": 0.1, "tau": 0.05, "looks": 4}
 
 
-def recipe(folder: Path, kind: str, options: dict[str, object] | None) -> str:
+def recipe(folder: Path, kind: str, options: dict[str, object] | None, tuner: str = "distill") -> str:
     shipped = {
         "w3a16": ({"name": "int_group", "bits": 3, "group": 32}, "none", "rtn"),
         "w4a8": ({"name": "int4_dual", "group": 32}, {"name": "int8_token", "rotate": 32}, "dgq"),
         "nvfp4": ({"name": "fp4_block"}, "none", "fp4"),
     }
     fmt, activation, quantizer = shipped[kind]
-    passes = [{quantizer: None}, *([] if options is None else [{"distill": options}])]
+    passes = [{quantizer: None}, *([] if options is None else [{tuner: options}])]
     text = yaml.safe_dump({"name": kind, "description": kind, "format": fmt, "activation": activation, "passes": passes})
-    file = folder / f"{kind}-{options is not None}.yaml"
+    file = folder / f"{kind}-{tuner}-{options is not None}.yaml"
     file.write_text(text)
     return str(file)
 
 
+@pytest.mark.parametrize("tuner", ["distill", "pv_tuning"])
 @pytest.mark.parametrize("kind", ["w3a16", "w4a8", "nvfp4"])
-def test_it_gets_closer_and_keeps_the_layout(kind: str, llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
-    for options in (None, OPTIONS):
-        quant.quantize(str(llama), recipe(tmp_path, kind, options), tmp_path / str(options is None), overrides=tiny.SMALL)
+def test_it_gets_closer_and_keeps_the_layout(kind: str, tuner: str, llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    for options in (None, CODES if tuner == "pv_tuning" else OPTIONS):
+        file = recipe(tmp_path, kind, options, tuner)
+        quant.quantize(str(llama), file, tmp_path / str(options is None), overrides=tiny.SMALL)
     plain, trained = index(tmp_path / "True"), index(tmp_path / "False")
     assert {n: e[1:] for n, e in plain.items()} == {n: e[1:] for n, e in trained.items()}
     report = json.loads((tmp_path / "False" / "report.json").read_text())
     (tuned,) = report["tuned"]
     before, after = tuned["held_out_kl"]
+    assert [before, after] == [tuned["looks"][0], min(tuned["looks"])]
     if kind == "w3a16":  # at 4 bits a random model has next to nothing to gain
         assert after < 0.9 * before
-    assert tuned["codes_changed"] > 0
+    assert (tuned["codes_changed"] > 0) == (tuner == "pv_tuning")
     assert tuned["steps_skipped"] == 0
 
 
+@pytest.mark.parametrize("options", [CODES | {"codes": 5.0, "tau": 1.0, "looks": 6}, CODES | {"scales": 3.0, "looks": 6}])
+def test_a_harmful_rate_ends_where_it_began(options: dict[str, object], llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    for given in (None, options):
+        file = recipe(tmp_path, "w3a16", given, "pv_tuning")
+        quant.quantize(str(llama), file, tmp_path / str(given is None), overrides=tiny.SMALL)
+    (tuned,) = json.loads((tmp_path / "False" / "report.json").read_text())["tuned"]
+    assert tuned["steps"] == 4  # two looks without a new best
+    assert min(tuned["looks"][1:]) > tuned["looks"][0]
+    plain, trained = (tmp_path / str(kind) / "model.safetensors" for kind in (True, False))
+    assert plain.read_bytes() == trained.read_bytes()
+
+
+@pytest.mark.parametrize("tuner", ["distill", "pv_tuning"])
 def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
-    llama: Path, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tuner: str, llama: Path, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = recipe(tmp_path, "w3a16", OPTIONS)
+    file = recipe(tmp_path, "w3a16", CODES if tuner == "pv_tuning" else OPTIONS, tuner)
     quant.quantize(str(llama), file, tmp_path / "whole", overrides=tiny.SMALL)
     tune = Pass.tune
 

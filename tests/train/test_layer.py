@@ -1,4 +1,4 @@
-"""A trained layer: exact at the start, gradients as autograd has them, few codes move at a time and to the nearest level."""
+"""A trained layer: exact at the start, gradients as autograd has them, codes rounded to the nearest level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.linear import PackedLinear
-from quant.train.layer import REACH, Trained
+from quant.train.layer import Trained
 
 N, K = 24, 96
 FORMATS: list[Format] = [
@@ -62,7 +62,7 @@ def levels(fmt: Format) -> int:
 def test_an_untrained_layer_is_the_packed_one(fmt: Format) -> None:
     layer = packed(fmt, Int8Token(rotate=32), bias=True)
     x = gradient(5)[:, :K]
-    trained = Trained(layer, codes=True)
+    trained = Trained(layer)
     trained.refresh(torch.float32)
     assert torch.allclose(trained(x), layer(x), atol=1e-5)
     before = packed(fmt, Int8Token(rotate=32)).fields()
@@ -73,7 +73,7 @@ def test_an_untrained_layer_is_the_packed_one(fmt: Format) -> None:
 
 @formats
 def test_scales_get_the_gradient_of_the_weight(fmt: Format) -> None:
-    trained = Trained(packed(fmt), codes=False)
+    trained = Trained(packed(fmt))
     trained.refresh(torch.float32)
     grad = gradient()
     (trained.dense * grad).sum().backward()
@@ -97,51 +97,15 @@ def test_scales_get_the_gradient_of_the_weight(fmt: Format) -> None:
 
 @formats
 def test_stored_scales_stay_finite_and_whole_weights_keep_theirs(fmt: Format) -> None:
-    trained = Trained(packed(fmt), codes=False)
+    trained = Trained(packed(fmt))
     assert not fmt.whole & trained.theta.keys()  # a divisor is shared by the layers that engines fuse
     for theta in trained.theta.values():
         theta.data.fill_(0.5)  # NVFP4 stores its largest scale as 448 already
     assert bool(trained.format.dequantize(Codes(trained.codes, trained.params())).isfinite().all())
 
 
-@formats
-def test_no_rate_no_change(fmt: Format) -> None:
-    trained = Trained(packed(fmt), codes=True)
-    before = trained.codes.clone()
-    assert trained.move_codes(gradient(), 0.0, 1.0) == 0
-    assert torch.equal(trained.codes, before)
-
-
-@formats
-def test_codes_move_against_the_gradient_and_few_at_a_time(fmt: Format) -> None:
-    trained = Trained(packed(fmt), codes=True)
-    before, grad = trained.weight(trained.codes).detach(), gradient()
-    most = int(0.05 * N * K)
-    assert 0 < trained.move_codes(grad, 0.6, 0.05) <= most
-    moved = trained.weight(trained.codes).detach() - before
-    assert 0 < int((moved != 0).sum()) <= most
-    assert bool((moved * grad <= 0).all())
-
-
-@formats
-def test_without_a_limit_it_is_rounding_of_the_latent_weight(fmt: Format) -> None:
-    trained = Trained(packed(fmt), codes=True)
-    for seed in range(4):
-        trained.move_codes(gradient(seed), 0.3, 1.0)
-    wanted = fmt.project(trained.latent, trained.params())
-    assert torch.equal(trained.weight(trained.codes), trained.weight(wanted))
-
-
-def test_one_huge_gradient_does_not_throw_a_code_far() -> None:
-    trained = Trained(packed(IntGroup(bits=8, group=32)), codes=True)
-    before, grad = trained.codes.int(), gradient()
-    grad[0, 0] = 1e6
-    trained.move_codes(grad, 1.0, 1.0)
-    assert int((trained.codes.int() - before).abs().max()) <= REACH + 1
-
-
 def test_tokens_are_rounded_straight_through() -> None:
-    trained = Trained(packed(IntGroup(bits=4, group=32), Int8Token()), codes=False)
+    trained = Trained(packed(IntGroup(bits=4, group=32), Int8Token()))
     trained.refresh(torch.float32)
     x = gradient(7)[:5].requires_grad_()
     trained(x).sum().backward()

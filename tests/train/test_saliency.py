@@ -16,7 +16,7 @@ from quant.train.saliency import Saliency, normalized
 def made(fisher: Tensor, share: float = 0.5) -> tuple[Saliency, dict[str, Trained], Tensor]:
     draw, fmt = torch.Generator().manual_seed(0), IntGroup(bits=2, group=32)
     weight = torch.randn(8, 64, generator=draw)
-    layer = Trained(PackedLinear.from_fields(fmt.pack(fmt.nearest(weight)), fmt, Unquantized(), 8, 64, None), codes=False)
+    layer = Trained(PackedLinear.from_fields(fmt.pack(fmt.nearest(weight)), fmt, Unquantized(), 8, 64, None))
     layer.refresh(torch.float32)
     return Saliency({"w": fisher}, {"w": weight}, share), {"w": layer}, weight
 
