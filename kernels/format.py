@@ -21,6 +21,7 @@ from torch import Tensor, dtype
 from quant.kernels.registry import import_files, made
 
 Fields = dict[str, Tensor]
+F = TypeVar("F", bound="Format")
 
 
 class Field(NamedTuple):
@@ -49,6 +50,16 @@ class Format(ABC):
     name: ClassVar[str]
     whole: ClassVar[frozenset[str]] = frozenset()  # fields that belong to a weight as a whole; all others have a row per row
     additive: ClassVar[frozenset[str]] = frozenset()  # fields that training moves by sums: they may change their sign
+
+    @classmethod
+    def from_values(cls: type[F], values: Mapping[str, Any]) -> F:
+        """The format with these parameters. Raises ValueError for one that is unknown or of a wrong type."""
+        return made(cls, f"format {cls.name}", values)
+
+    @property
+    def inner(self) -> Format:
+        """The format that the codes and scales are of: itself, unless something is added to it."""
+        return self
 
     @property
     def tile(self) -> int:
@@ -171,10 +182,10 @@ def storable(step: Tensor, kind: dtype) -> Tensor:
 
 
 FORMATS: dict[str, type[Format]] = {}
-F = TypeVar("F", bound=type[Format])
+T = TypeVar("T", bound=type[Format])
 
 
-def register(cls: F) -> F:
+def register(cls: T) -> T:
     """Class decorator: make a format known under its name."""
     assert cls.name not in FORMATS, f"two formats are called {cls.name}"
     FORMATS[cls.name] = cls
@@ -197,7 +208,7 @@ def from_config(config: Mapping[str, Any]) -> Format:
     known = load_all()
     if name not in known:
         raise ValueError(f"unknown format {name!r}; known: {', '.join(sorted(known))}")
-    return made(known[name], f"format {name}", values)
+    return known[name].from_values(values)
 
 
 def fit_group(group: int, k: int) -> int | None:

@@ -21,8 +21,10 @@ from quant.embedding import fill_table, pack_table
 from quant.folds import BlockView, InputGroup
 from quant.kernels.activation import Activation
 from quant.kernels.format import Codes, Fields
+from quant.kernels.formats.low_rank import LowRank
 from quant.kernels.rotation import by_matrix
 from quant.linear import PackedLinear
+from quant.low_rank import decide_beside
 from quant.models import Weights, require_finite
 from quant.passes.base import BasePass, BlockTuner, Corrector, Quantizer, Transform
 from quant.plan import Plan
@@ -243,7 +245,10 @@ def quantize_members(
         if isinstance(step, Corrector):
             aim = step.correct(aim, stats)
     (quantizer,) = (step for step in passes if isinstance(step, Quantizer))
-    codes, inputs = quantizer.decide(aim, stats, fmt, activation)
+    if isinstance(fmt, LowRank):
+        codes, inputs = decide_beside(quantizer, aim, stats, fmt, activation)
+    else:
+        codes, inputs = quantizer.decide(aim, stats, fmt, activation)
     if inputs.keys() != activation.fields(members[0].k).keys():
         raise ValueError(
             f"{members[0].name} saw {stats.tokens} calibration tokens, too few for activation {activation}; "
@@ -292,10 +297,12 @@ def zero_fractions(stats: InputStats, activation: Activation, inputs: Fields) ->
 
 
 def same_scheme(group: InputGroup, targets: dict[str, Target]) -> list[list[Target]]:
-    """The group's targets, split where formats or activation rules differ."""
+    """The group's targets, split where formats or activation rules differ, or where each has a side path of its own."""
     found: dict[Any, list[Target]] = {}
     for name in group.names:
-        found.setdefault((targets[name].format, targets[name].activation), []).append(targets[name])
+        target = targets[name]
+        alone = name if isinstance(target.format, LowRank) else ""
+        found.setdefault((target.format, target.activation, alone), []).append(target)
     return list(found.values())
 
 

@@ -14,6 +14,7 @@ from quant.experts import routers, stacks_of, still_stacked
 from quant.kernels.activation import Activation, fields_of
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.format import Field, Format, fit_group, from_config
+from quant.kernels.formats.low_rank import LowRank
 from quant.kernels.rotation import largest_block
 from quant.passes.base import Quantizer
 from quant.recipe import Recipe, Rule
@@ -145,6 +146,9 @@ def fitted(name: str, fmt: Scheme, k: int, advice: str) -> tuple[Scheme, str]:
 
     Raises ValueError, ending in `advice`, where no group fits.
     """
+    if isinstance(fmt, LowRank):
+        base, note = fitted(name, fmt.base, k, advice)
+        return replace(fmt, base=base), note
     asked: Any = vars(fmt).get("group", -1)
     group = fit_group(asked, k)
     if group is None:
@@ -183,7 +187,7 @@ def target_for(
 
 def refusal(target: Target, quantizer: Quantizer) -> str | None:
     """Why this layer cannot be stored, or written by this quantizer, in its scheme; None where it can."""
-    stored = target.format.refuses(target.n, target.k) or quantizer.refuses(target.format)
+    stored = target.format.refuses(target.n, target.k) or quantizer.refuses(target.format.inner)
     return stored or target.activation.refuses(target.k)
 
 

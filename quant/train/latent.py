@@ -3,6 +3,8 @@
     V step:  codes <- nearest(latent step) in the tiles that may move,   latent <- (1 - decay) latent + decay W / step
     dL/dlatent := step dL/dW                        latent: `steps`, [N, K], in steps of the grid; W / step at first
 
+W is the coded part of the weight, without a low-rank side path,
+
 so every weight can change its code in a short training. A latent is held between the lowest and the highest level of its grid:
 from an end it is as far to the next code as from anywhere else, and no weight is lost beyond it. A change of the scale alone
 changes no code.
@@ -45,10 +47,11 @@ class Latent(Trained):
     def __init__(self, packed: PackedLinear, discrete: Discrete = Discrete()) -> None:
         super().__init__(packed)
         self.discrete = discrete
-        step = self.spread(self.format.steps(self.start))
-        bounded = self.format.tile == 1  # a codebook has no ends
+        self.coded = self.format.inner
+        step = self.spread(self.coded.steps(self.start))
+        bounded = self.coded.tile == 1  # a codebook has no ends
         self.low, self.high = (self.end(step, sign) if bounded else None for sign in (-1.0, 1.0))
-        self.steps = nn.Parameter(self.weight(self.codes).detach() / step)
+        self.steps = nn.Parameter(self.coded.dequantize(Codes(self.codes, self.start)) / step)
 
     def spread(self, step: Tensor) -> Tensor:
         """[N, K // G] -> [N, K]."""
@@ -56,9 +59,9 @@ class Latent(Trained):
 
     def end(self, step: Tensor, sign: float) -> Tensor:
         """The lowest (sign -1) or highest level of each group's grid, in steps: [N, K // G, 1]; step [N, K]."""
-        codes = self.format.project(sign * 1e6 * step, self.start)
-        levels = self.format.dequantize(Codes(codes, self.start)) / step
-        return levels.view(self.n, -1, self.k // self.format.steps(self.start).shape[1])[..., :1].clone()
+        codes = self.coded.project(sign * 1e6 * step, self.start)
+        levels = self.coded.dequantize(Codes(codes, self.start)) / step
+        return levels.view(self.n, -1, self.k // self.coded.steps(self.start).shape[1])[..., :1].clone()
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -70,17 +73,17 @@ class Latent(Trained):
         grad = super().collect()
         if grad is not None:
             with torch.no_grad():
-                self.steps.grad = grad * self.spread(self.format.steps(self.params()))
+                self.steps.grad = grad * self.spread(self.coded.steps(self.params()))
         return grad
 
     @torch.no_grad()
     def settle(self) -> int:
         """The V step; returns how many tiles got other codes."""
         params = self.params()
-        step = self.spread(self.format.steps(params))
-        self.codes, moved = discrete_step(self.format, Codes(self.codes, params), self.steps * step, self.discrete)
+        step = self.spread(self.coded.steps(params))
+        self.codes, moved = discrete_step(self.coded, Codes(self.codes, params), self.steps * step, self.discrete)
         if self.discrete.decay:
-            self.steps.lerp_(self.weight(self.codes) / step, self.discrete.decay)
+            self.steps.lerp_(self.coded.dequantize(Codes(self.codes, params)) / step, self.discrete.decay)
         return moved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ import torch
 from quant.kernels.format import FORMATS, Format, fit_group, from_config, load_all
 
 load_all()
-VARIANTS: dict[str, list[dict[str, object]]] = {  # a format without an entry is tested with its defaults
+VARIANTS: dict[str, list[dict[str, Any]]] = {  # a format without an entry is tested with its defaults
     "int_group": [
         {"bits": b, "group": g, "symmetric": s} for b in (2, 3, 4, 6, 8) for g in (16, 48, 64, 96, -1) for s in (True, False)
     ],
     "int4_dual": [{"group": g} for g in (2, 16, 48, 64, 96, 192)],
     "fp_channel": [{"bits": b, "group": g} for b in (4, 8) for g in (16, 48, -1)],
     "binary_dual": [{"group": g} for g in (16, 48, 64, -1)],
+    "low_rank": [{"rank": r, "base": {"name": "int_group", "bits": 2, "group": g}} for r, g in ((1, 64), (3, -1))],
     "fp4_block": [{"kind": kind} for kind in ("mxfp4", "nvfp4")],
 }
 EVERY = [from_config({"name": name, **options}) for name in sorted(FORMATS) for options in VARIANTS.get(name, [{}])]
@@ -26,6 +28,11 @@ N, K = 5, 192
 
 def weights() -> torch.Tensor:
     return torch.randn(N, K, generator=torch.Generator().manual_seed(1)) * 0.05
+
+
+def slack(fmt: Format) -> float:
+    """Of what is 0 or equal: a side path is a product of matrices, which rounds."""
+    return 0.0 if fmt.inner is fmt else 1e-6
 
 
 def refusal(fmt: Format, fields: dict[str, torch.Tensor]) -> str:
@@ -72,7 +79,7 @@ def test_rows_of_a_weight_are_a_weight(fmt: Format) -> None:
         count = len(torch.arange(N)[rows])
         part = fmt.rows(packed, rows)
         fmt.check(part, count, K)
-        assert torch.equal(fmt.dequantize(fmt.unpack(part, count, K)), whole[rows])
+        assert torch.allclose(fmt.dequantize(fmt.unpack(part, count, K)), whole[rows], rtol=0, atol=slack(fmt))
 
 
 @every
@@ -124,14 +131,14 @@ def test_zeros_stay_zeros_and_nothing_turns_into_nan(fmt: Format) -> None:
     fmt.check(fmt.pack(codes), N, K)
     back = fmt.dequantize(codes)
     assert back.isfinite().all()
-    assert (back[0] == 0).all()
-    assert (back[1, : K // 2] == 0).all()
+    assert back[0].abs().max() <= slack(fmt)
+    assert back[1, : K // 2].abs().max() <= slack(fmt)
     # 15 and 0 are on every grid that was scaled to a constant; scales that are powers of two miss it by up to a sixth
     assert (back[2:4] - w[2:4]).abs().max() < 0.7 * (1 / 6 if fmt.config().get("kind") == "mxfp4" else 0.01)
     assert back[4].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("fmt", [f for f in EVERY if 0 < f.group < K], ids=str)
+@pytest.mark.parametrize("fmt", [f for f in EVERY if f.inner is f and 0 < f.group < K], ids=str)
 def test_a_zero_group_costs_its_neighbours_nothing(fmt: Format) -> None:
     group = fmt.group
     w = weights()
@@ -162,5 +169,5 @@ def test_fit_group(asked: int, k: int, used: int | None) -> None:
 @every
 def test_a_k_that_no_group_divides_is_refused(fmt: Format) -> None:
     assert fmt.refuses(N, K) is None
-    if fmt.group > 1:
+    if fmt.inner.group > 1:
         assert f"{K + 1}" in str(fmt.refuses(N, K + 1))

@@ -24,6 +24,7 @@ from quant.kernels.formats.fp8 import Fp8
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
+from quant.kernels.formats.low_rank import LowRank
 from quant.kernels.minifloat import EXPONENTS
 
 KERNELS = dispatch.load_all()
@@ -50,12 +51,15 @@ FORMATS = {
     "mxfp4_w4a4": lambda g: (Fp4Block(kind="mxfp4"), MxFp4()),
     "dual": lambda g: (BinaryDual(group=g), Unquantized()),
     "dual_row": lambda g: (BinaryDual(group=-1), Unquantized()),
+    "w2_side": lambda g: (LowRank(rank=5, base=IntGroup(bits=2, group=g)), Unquantized()),
     "nvfp4_w4a4": lambda g: (Fp4Block(kind="nvfp4"), NvFp4()),
 }
 
 
 def random_codes(fmt: Format, n: int, k: int) -> Codes:
     """Valid random codes and parameters."""
+    if isinstance(fmt, LowRank):
+        return fmt.beside(random_codes(fmt.base, n, k), torch.randn(n, fmt.rank) * 0.3, torch.randn(fmt.rank, k) * 0.3)
     if isinstance(fmt, Int4Dual):
         s2, z = torch.randint(1, 16, (n, k // fmt.group)), torch.randint(0, 16, (n, k // fmt.group))
         beyond = ((15 - z) * s2 > 127) | (z * s2 > 128)
@@ -169,6 +173,7 @@ def test_restore_gives_back_the_canonical_bytes(kernel: Kernel, kind: str, n: in
 @kinds
 def test_extremes(kernel: Kernel, kind: str) -> None:
     """Largest codes against largest tokens, an all-zero token, one huge outlier, no token at all."""
+    torch.manual_seed(0)
     n, k, g = 40, 4096, 64
     spec = serving(kernel, kind, n, k, g)
     codes = random_codes(spec.format, n, k)
@@ -176,7 +181,8 @@ def test_extremes(kernel: Kernel, kind: str) -> None:
         codes.params["group_scale"].fill_(17)
         codes.params["group_offset"].fill_(-128)
     codes.codes[: n // 2] = 0
-    codes.codes[n // 2 :] = 2**spec.format.bits - 1 if isinstance(spec.format, IntGroup | BinaryDual) else 15
+    coded = spec.format.inner
+    codes.codes[n // 2 :] = 2**coded.bits - 1 if isinstance(coded, IntGroup | BinaryDual) else 15
     fields, weight = fields_of(spec, codes), spec.format.dequantize(codes)
     prepared = kernel.prepare(fields, spec)
     x = torch.randn(21, k)
