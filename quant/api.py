@@ -24,11 +24,12 @@ from quant.card import model_card
 from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_table
 from quant.loading import load
 from quant.models import INDEX
-from quant.passes.base import Tell
+from quant.passes.base import BlockTuner, Tell
 from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, load_recipe
 from quant.resources import peak_memory_bytes, usable_device
 from quant.samples import make_samples
+from quant.train.pace import Pace, left_seconds
 from quant.train.processes import joined
 from quant.workspace import Workspace, partial_folder
 
@@ -112,8 +113,17 @@ def compile_folder(
     crew.wait()
     folder = partial_folder(output)
     final = folder / "final"
-    tuned = [tuner.tune(final, plan, device, folder / f"tuned-{i}", tell) for i, tuner in enumerate(plan.recipe.tuners())]
+    tuners, budget, tuned = plan.recipe.tuners(), plan.recipe.seconds(), []
+    for i, tuner in enumerate(tuners):
+        state, spent = folder / f"tuned-{i}", time.monotonic() - began
+        pace = None if budget is None else Pace(left_seconds(budget, spent, len(tuners) - i), state / "steps.json")
+        tuned.append(tuner.tune(final, plan, device, state, tell, pace))
     if work is not None:
+        if budget is not None:
+            steps = {tuner.name(): entry["steps"] for tuner, entry in zip(tuners, tuned, strict=True)}
+            (final / "recipe.yaml").write_text(
+                plan.recipe.with_steps(steps | block_steps(plan, report)).dump(), encoding="utf-8"
+            )
         if tuned:
             report["tuned"] = tuned
         report["totals"] |= {
@@ -159,6 +169,13 @@ def pack(
     report = make_report(plan, blocks, table, calibration, str(device))
     report["totals"]["blocks_resumed"] = resumed
     return report
+
+
+def block_steps(plan: Plan, report: dict[str, Any]) -> dict[str, int]:
+    """How many steps the trainings of a block took, by pass."""
+    names = [step.name() for step in plan.recipe.build_passes() if isinstance(step, BlockTuner)]
+    trained = report["blocks"][0]["trained"] if names else []
+    return {name: entry["steps"] for name, entry in zip(names, trained, strict=True)}
 
 
 def make_report(

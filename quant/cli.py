@@ -65,6 +65,7 @@ EPILOG = "Verbs: " + ", ".join(f"quantize {verb}" for verb in VERBS) + "; each h
     "--calib", metavar="SOURCE", help="wikipedia, manual (default: both), wikitext2, c4, a text file, or a folder of audio."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. format.group=128.")
+@click.option("--budget", help="Time for a recipe that trains, e.g. 10m, 1h or 8h: steps are chosen to fit.")
 @click.option("--bits", type=float, help="Stored bits per weight to spend, e.g. 3.5: layers get formats by sensitivity.")
 @click.option("--device", default="cpu", show_default=True, help="Torch device for the arithmetic of a block.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; torch's default otherwise.")
@@ -78,6 +79,7 @@ def job(
     output: Path | None,
     calib: str | None,
     overrides: tuple[str, ...],
+    budget: str | None,
     bits: float | None,
     device: str,
     threads: int | None,
@@ -100,6 +102,7 @@ def job(
 
     quiet = quiet or not processes.launched().main
     sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]
+    sets += [] if budget is None else [f"budget={json.dumps(budget)}"]
     words = [model.removeprefix("demo:").rstrip("/").rpartition("/")[2]]
     words += ["auto" if recipe_name == "auto" else load_recipe(recipe_name, sets).name]
     words += [] if bits is None else [f"{bits:g}bits"]

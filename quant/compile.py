@@ -33,6 +33,7 @@ from quant.search import output_error
 from quant.stats import InputStats
 from quant.targets import Target
 from quant.train.block import PackedBlock
+from quant.train.pace import Pace, block_seconds
 from quant.workspace import Workspace
 
 
@@ -214,7 +215,8 @@ def run_block(
             packed_block.layers[target.name] = install(block, target, packed, name)
             if tuners:
                 packed_block.weights[target.name] = by_matrix(old, target.activation.rotate)
-    trained = [tuner.tune(packed_block, folder) for tuner in tuners]
+    pace = block_pace(plan, folder, time.monotonic() - began)
+    trained = [tuner.tune(packed_block, folder, pace) for tuner in tuners]
     view.changed |= packed_block.changed
     for layer_name, layer in packed_block.layers.items():
         disk = plan.layer_on_disk(layer_name)
@@ -229,6 +231,15 @@ def run_block(
             fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
     advance(block.to(compute_dtype(device)), chains["quant"])
     return BlockReport(name, time.monotonic() - began, layers, refused, trained, view.folds), fields
+
+
+def block_pace(plan: Plan, folder: Path, fixed: float) -> Pace | None:
+    """The time for the training of a block, of a recipe with a budget; fixed: seconds that the rest of the block took."""
+    budget = plan.recipe.seconds()
+    if budget is None:
+        return None
+    blocks = sum(len(stack.blocks) for stack in plan.stacks)
+    return Pace(block_seconds(budget, blocks, fixed, bool(plan.recipe.tuners())), folder / "block-steps.json")
 
 
 def quantize_members(

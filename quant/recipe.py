@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quant.kernels import activation as activations
 from quant.kernels.format import Format, from_config
 from quant.passes import base
+from quant.train.pace import seconds_of
 
 T = TypeVar("T", bound=BaseModel)
 FOLDER = Path(__file__).parent / "recipes"
@@ -65,7 +66,7 @@ class Recipe(Frozen):
     head: the format of the output head, and of the input embedding where that is its table; null leaves it in float. A
     number of bits stands for int_group in groups of 64, symmetric with 8 bits. head_optional: a model whose head cannot be
     packed keeps it in float, and the plan says so; an override of `head` makes it an error. softmax: null leaves
-    attention in float.
+    attention in float. budget: a time for the run, as 10m or 1h, which then decides how many steps are trained.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Recipe(Frozen):
     head: dict[str, Any] | None = None
     head_optional: bool = False
     softmax: Softmax | None = None
+    budget: str | None = None
     calibration: Calibration = Calibration()
     seed: int = 0
 
@@ -114,6 +116,19 @@ class Recipe(Frozen):
     def tuners(self) -> list[base.Tuner]:
         """The passes that train the packed model, in order."""
         return [p for p in self.build_passes() if isinstance(p, base.Tuner)]
+
+    def seconds(self) -> float | None:
+        """The time for the run, if one is given. Raises ValueError for a recipe that trains nothing."""
+        if self.budget is None:
+            return None
+        if not any(isinstance(p, base.Tuner | base.BlockTuner) for p in self.build_passes()):
+            raise ValueError(f"recipe {self.name} trains nothing, so a budget of {self.budget} changes nothing; leave it out")
+        return seconds_of(self.budget)
+
+    def with_steps(self, steps: Mapping[str, int]) -> Recipe:
+        """The same without a budget: pass name -> its steps."""
+        passes = [{n: {**(o or {}), "steps": steps[n]} if n in steps else o} for entry in self.passes for n, o in entry.items()]
+        return self.model_copy(update={"passes": tuple(passes), "budget": None})
 
     def base_format(self) -> Format:
         """The format that layers without a rule get."""
@@ -191,7 +206,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     recipe = checked(Recipe, values, f"recipe {path.stem}")
     for rule in recipe.rules:
         recipe.activation_of(rule)
-    recipe.activation_of(None), recipe.base_format(), recipe.head_format(), recipe.quantizer()
+    recipe.activation_of(None), recipe.base_format(), recipe.head_format(), recipe.quantizer(), recipe.seconds()
     return recipe
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quant.plan import Plan
     from quant.targets import Target
     from quant.train.block import PackedBlock
+    from quant.train.pace import Pace
 
 
 class BasePass(BaseModel):
@@ -124,8 +125,8 @@ class BlockTuner(BasePass, ABC):
         """
 
     @abstractmethod
-    def tune(self, block: PackedBlock, folder: Path) -> dict[str, Any]:
-        """Train `block` in place; returns what report.json says of it."""
+    def tune(self, block: PackedBlock, folder: Path, pace: Pace | None) -> dict[str, Any]:
+        """Train `block` in place; returns what report.json says of it. pace: the time for it, None for the pass's own steps."""
 
 
 Tell = Callable[[int, int, float], None]  # training steps done, of how many, and the loss
@@ -135,8 +136,13 @@ class Tuner(BasePass, ABC):
     """Changes numbers in a folder of packed tensors, never their names, shapes or dtypes."""
 
     @abstractmethod
-    def tune(self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell) -> dict[str, Any]:
-        """Train the packed model in `folder`; returns what report.json says of it. state: what a killed run goes on from."""
+    def tune(
+        self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell, pace: Pace | None
+    ) -> dict[str, Any]:
+        """Train the packed model in `folder`; returns what report.json says of it.
+
+        state: what a killed run goes on from. pace: the time for it, None for the pass's own steps.
+        """
 
 
 class GridRounder(Quantizer, ABC):

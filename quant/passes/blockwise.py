@@ -12,6 +12,7 @@ from quant.passes.base import BlockTuner
 
 if TYPE_CHECKING:
     from quant.train.block import PackedBlock, Penalty
+    from quant.train.pace import Pace
 
 
 class Pass(BlockTuner):
@@ -34,19 +35,24 @@ class Pass(BlockTuner):
         """A further term of the loss."""
         return None
 
-    def tune(self, block: PackedBlock, folder: Path) -> dict[str, Any]:
+    def tune(self, block: PackedBlock, folder: Path, pace: Pace | None) -> dict[str, Any]:
         from quant.train.block import Rates, Reconstruction, Schedule
 
         rates = Rates(codes=self.codes, scales=self.scales, vectors=self.vectors)
+        training = Reconstruction(block, rates, self.same)
         schedule = Schedule(
-            steps=self.steps,
+            steps=self.steps if pace is None else pace.steps(lambda: training.gradient([0] * self.windows, None)),
             windows=self.windows,
             held=self.held,
             looks=self.looks,
             patience=self.patience,
             seed=torch.initial_seed(),  # of this block, however the run got to it
         )
-        training = Reconstruction(block, rates, self.same)
         outcome = training.fit(schedule, self.penalty(block, folder))
         training.finish()
-        return {"held_out_error": outcome.held, "codes_changed": outcome.codes, "steps_skipped": outcome.skipped}
+        return {
+            "steps": schedule.steps,
+            "held_out_error": outcome.held,
+            "codes_changed": outcome.codes,
+            "steps_skipped": outcome.skipped,
+        }

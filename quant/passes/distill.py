@@ -15,12 +15,14 @@ from pydantic import Field
 
 from quant.passes.base import Tell, Tuner
 from quant.resources import compute_dtype
-from quant.train.distill import Course, Rates, train
+from quant.train.distill import Course, Rates, gradient, train
 from quant.train.latent import Discrete
-from quant.train.processes import joined
+from quant.train.processes import Processes, joined
 
 if TYPE_CHECKING:
+    from quant.calibrate import Sample
     from quant.plan import Plan
+    from quant.train.pace import Pace
 
 
 class Pass(Tuner):
@@ -54,20 +56,15 @@ class Pass(Tuner):
         """How codes move."""
         return None
 
-    def tune(self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell) -> dict[str, Any]:
+    def tune(
+        self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell, pace: Pace | None
+    ) -> dict[str, Any]:
         from quant.models import model_class
-        from quant.samples import make_samples
         from quant.train.folder import open_student, write_back
 
-        wanted = plan.recipe.calibration
-        count = self.steps * self.windows + self.held
-        more = wanted.model_copy(update={"tokens": max(wanted.tokens, count * wanted.length)})
-        samples, line = make_samples(replace(plan, recipe=plan.recipe.model_copy(update={"calibration": more})), device)
-        if len(samples) <= self.held:
-            raise ValueError(f"{self.name()} keeps {self.held} samples to measure on and {line} has no more; give more data")
         _, cls = model_class(plan.source)
         teacher = cls.from_pretrained(plan.source, dtype=compute_dtype(device)).to(device).eval().requires_grad_(False)
-        student = open_student(folder, plan, device, self.discrete)
+        student, crew = open_student(folder, plan, device, self.discrete), joined(device)
         course = Course(
             steps=self.steps,
             windows=self.windows,
@@ -77,17 +74,39 @@ class Pass(Tuner):
             lam=self.lam,
             gamma=self.gamma,
         )
-        # the first samples are those that calibrated the passes before: the last ones are held out
-        given, held, crew = samples[: -self.held], samples[-self.held :], joined(device)
+        if pace is not None:
+            some, _ = self.data(plan, device, 1)
+            if crew.main:
+                pace.steps(lambda: gradient(teacher, student, some, course, 0, Processes()))
+            crew.wait()
+            course = replace(course, steps=pace.steps(lambda: None))
+        samples, line = self.data(plan, device, course.steps)
+        given, held = samples[: -self.held], samples[-self.held :]
         progress = train(teacher, student, given, held, course, self.rates, state, tell, crew)
         if crew.main:
             write_back(student, folder, plan)
         return {
             "pass": self.name(),
             "data": line,
-            "steps": len(progress.losses),
+            "steps": course.steps,
+            "steps_taken": len(progress.losses),
             "held_out_kl": [progress.held[0], min(progress.held)],
             "looks": progress.held,
             "codes_changed": progress.codes,
             "steps_skipped": progress.skipped,
         }
+
+    def data(self, plan: Plan, device: torch.device, steps: int) -> tuple[list[Sample], str]:
+        """Samples for so many steps and those held out, and what they are in words. Raises ValueError for too few.
+
+        Those that calibrated the passes before come last of what is trained on: the model repeats them better than other text.
+        """
+        from quant.samples import make_samples
+
+        wanted = plan.recipe.calibration
+        more = wanted.model_copy(update={"tokens": wanted.tokens + (steps * self.windows + self.held) * wanted.length})
+        samples, line = make_samples(replace(plan, recipe=plan.recipe.model_copy(update={"calibration": more})), device)
+        if len(samples) <= self.held:
+            raise ValueError(f"{self.name()} keeps {self.held} samples to measure on and {line} has no more; give more data")
+        seen = min(wanted.tokens // wanted.length, len(samples) - self.held)
+        return samples[seen : -self.held] + samples[:seen] + samples[-self.held :], line

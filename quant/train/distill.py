@@ -141,7 +141,6 @@ def train(
                 progress.codes += layer.settle()
         else:
             progress.skipped += 1
-        optimizer.zero_grad()
         progress.losses.append(total)
         tell(step + 1, course.steps, total)
         if (step + 1) * course.looks // course.steps > step * course.looks // course.steps:
@@ -158,6 +157,8 @@ def train(
 def gradient(teacher: Any, student: Student, samples: Sequence[Sample], course: Course, step: int, crew: Processes) -> float:
     """Set all .grad for the mean loss over a step's samples, which is returned."""
     student.refresh()
+    for value in student.parameters().values():
+        value.grad = None
     total = 0.0
     for index in crew.part(range(step * course.windows, (step + 1) * course.windows)):
         loss = divergence(teacher, student.model, samples[index % len(samples)], course.lam, course.gamma) / course.windows

@@ -206,8 +206,8 @@ def test_a_killed_run_ends_with_the_same_bytes_and_memory_does_not_grow(
         tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
         return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
-    def watched(self: Pass, block: PackedBlock, folder: Path) -> Any:
-        found = tune(self, block, folder)
+    def watched(self: Pass, block: PackedBlock, folder: Path, _: None) -> Any:
+        found = tune(self, block, folder, None)
         alive.append(live_bytes())
         return found
 
@@ -216,10 +216,10 @@ def test_a_killed_run_ends_with_the_same_bytes_and_memory_does_not_grow(
     assert len(alive) == 2
     assert max(alive) < 1.02 * alive[0]
 
-    def killed(self: Pass, block: PackedBlock, folder: Path) -> Any:
+    def killed(self: Pass, block: PackedBlock, folder: Path, _: None) -> Any:
         if block.name.endswith("1"):
             raise KeyboardInterrupt
-        return tune(self, block, folder)
+        return tune(self, block, folder, None)
 
     monkeypatch.setattr(Pass, "tune", killed)
     with pytest.raises(KeyboardInterrupt):

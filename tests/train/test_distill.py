@@ -59,7 +59,7 @@ def test_a_harmful_rate_ends_where_it_began(options: dict[str, object], llama: P
         file = recipe(tmp_path, "w3a16", given, "pv_tuning")
         quant.quantize(str(llama), file, tmp_path / str(given is None), overrides=tiny.SMALL)
     (tuned,) = json.loads((tmp_path / "False" / "report.json").read_text())["tuned"]
-    assert tuned["steps"] == 4  # two looks without a new best
+    assert tuned["steps_taken"] == 4  # two looks without a new best
     assert min(tuned["looks"][1:]) > tuned["looks"][0]
     plain, trained = (tmp_path / str(kind) / "model.safetensors" for kind in (True, False))
     assert plain.read_bytes() == trained.read_bytes()
@@ -78,7 +78,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
             if done == 6:
                 raise KeyboardInterrupt
 
-        return tune(self, *args[:-1], stop)
+        return tune(self, *args[:4], stop, args[5])
 
     monkeypatch.setattr(Pass, "tune", killed)
     with pytest.raises(KeyboardInterrupt):
