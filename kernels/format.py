@@ -35,7 +35,7 @@ class Field(NamedTuple):
 class Codes:
     """The unpacked decision for one linear.
 
-    codes: unsigned integer codes, uint8 [N, K].
+    codes: unsigned integer codes, uint8 [N, K]; of a codebook's vectors [N, K // tile, M].
     params: the format's other tensors by field name (scales, zeros, offsets), as stored.
     """
 

@@ -75,7 +75,7 @@ class Corrector(BasePass, ABC):
 
 
 class Quantizer(BasePass, ABC):
-    """Weight and statistics -> Codes. Rows are independent of each other."""
+    """Weight and statistics -> Codes. Rows are independent of each other unless they share a codebook."""
 
     @abstractmethod
     def refuses(self, fmt: Format) -> str | None:

@@ -19,6 +19,7 @@ from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import Kernel, MatmulSpec
 from quant.kernels.format import Codes, Fields, Format
 from quant.kernels.formats.binary_dual import BinaryDual
+from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp8 import Fp8
 from quant.kernels.formats.fp_channel import FpChannel
@@ -52,6 +53,8 @@ FORMATS = {
     "dual": lambda g: (BinaryDual(group=g), Unquantized()),
     "dual_row": lambda g: (BinaryDual(group=-1), Unquantized()),
     "w2_side": lambda g: (LowRank(rank=5, base=IntGroup(bits=2, group=g)), Unquantized()),
+    "codebook_1x8g4": lambda g: (Codebook(books=1, group=4), Unquantized()),
+    "codebook_2x8g8": lambda g: (Codebook(books=2, group=8), Unquantized()),
     "nvfp4_w4a4": lambda g: (Fp4Block(kind="nvfp4"), NvFp4()),
 }
 
@@ -66,6 +69,10 @@ def random_codes(fmt: Format, n: int, k: int) -> Codes:
         s2[beyond], z[beyond] = 8, 8
         params = {"group_scale": s2.to(torch.uint8), "group_offset": (-z * s2).to(torch.int8), "row_scale": torch.rand(n) + 0.1}
         return Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params)
+    if isinstance(fmt, Codebook):
+        codes = torch.randint(0, 256, (n, k // fmt.group, fmt.books), dtype=torch.uint8)
+        books = torch.randn(fmt.books, 256, fmt.group).half()
+        return Codes(codes, {"codebook": books, "weight_scale": torch.rand(n, 1) * 0.1 + 0.01})
     if isinstance(fmt, BinaryDual):
         scale = (torch.rand(n, fmt.groups(k), 2) * 0.1 + 0.01) * torch.tensor([1.0, -1.0])
         return Codes(torch.randint(0, 4, (n, k), dtype=torch.uint8), {"weight_scale": scale.to(fmt.scale_dtype)})
