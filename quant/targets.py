@@ -149,6 +149,8 @@ def fitted(name: str, fmt: Scheme, k: int, advice: str) -> tuple[Scheme, str]:
     if isinstance(fmt, LowRank):
         base, note = fitted(name, fmt.base, k, advice)
         return replace(fmt, base=base), note
+    if isinstance(fmt, Format) and fmt.tile > 1:  # its group is no scale's
+        return fmt, ""
     asked: Any = vars(fmt).get("group", -1)
     group = fit_group(asked, k)
     if group is None:
