@@ -104,6 +104,10 @@ class Format(ABC):
         """Codes no further from a float32 weight [N, K] than those given, under their parameters: the nearest, if feasible."""
         return self.project(weight, codes.params)
 
+    def reach(self, codes: Codes) -> Tensor:
+        """A squared distance [N, K // tile] from what a tile is: nearer weights than that keep its codes. 0 says nothing."""
+        return torch.zeros(len(codes.codes), 1, device=codes.codes.device)
+
     def shares(self, codes: Codes) -> dict[str, float]:
         """What a report says of a weight's codes: shares by name, none for most formats."""
         return {}

@@ -25,7 +25,7 @@ from quant.recipe import available, load_recipe
 from quant.serve import attention, pointwise, softmax
 
 RECIPES = tuple(available())
-TWO_BITS = ("blockwise-w2", "db-llm", "saliency-w2")
+TWO_BITS = ("aqlm", "blockwise-w2", "db-llm", "pv-tuning", "saliency-w2")
 Packed = Callable[..., Path]
 
 
@@ -41,6 +41,10 @@ def decode(fields: dict[str, Tensor], k: int) -> Tensor:
     if fields["weight_packed"].dtype == torch.float8_e4m3fn:
         return small_floats(8, 4)[fields["weight_packed"].view(torch.uint8).long()] * fields["weight_scale"]
     raw = fields["weight_packed"].to(torch.int32)
+    if "codebook" in fields:
+        books = fields["codebook"].float()  # [books, 256, length]
+        codes = raw.view(len(raw), -1, len(books))
+        return sum(books[m][codes[..., m]] for m in range(len(books))).flatten(1) * fields["weight_scale"]
     if fields.get("weight_scale", raw).dim() == 3:
         return decode_planes(raw, fields["weight_scale"].float(), k)
     bits = 8 * raw.shape[1] // k

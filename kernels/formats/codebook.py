@@ -88,6 +88,15 @@ class Codebook(Format):
         found = beam_search(target, codes.params["codebook"].float(), codes.codes.reshape(-1, self.books))
         return found.view(codes.codes.shape)
 
+    def reach(self, codes: Codes) -> Tensor:
+        """The squared distance [N, K // g] from a tile's vector within which no other entry is nearer; 0 for several books."""
+        n, tiles, books = codes.codes.shape
+        if books > 1:
+            return torch.zeros(n, tiles, device=codes.codes.device)
+        book = codes.params["codebook"][0].float()
+        gaps = torch.cdist(book, book).fill_diagonal_(torch.inf).amin(1) / 2
+        return (gaps[codes.codes[..., 0].long()] * codes.params["weight_scale"].float()).square()
+
     def unscaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Tiles [N * K // g, g] in units of their row's scale [N, 1]."""
         return (weight / scale.float().clamp_min(TINY)).view(-1, self.group)

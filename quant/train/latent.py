@@ -100,7 +100,7 @@ def discrete_step(fmt: Format, codes: Codes, latent: Tensor, limits: Discrete) -
         wanted = fmt.project(latent, codes.params)
         moved = fmt.dequantize(Codes(wanted, codes.params)) != now  # by value: a float format has two codes for zero
     else:
-        wanted, moved = nearest_tiles(fmt, codes, latent, far, min(SPARE * most, far.numel()))
+        wanted, moved = nearest_tiles(fmt, codes, latent, far, SPARE * most)
     count = int(moved.sum())
     if count > most or (limits.trust and count > 1):
         order = far.masked_fill(~moved, -1).flatten().topk(min(most, count)).indices
@@ -114,13 +114,15 @@ def discrete_step(fmt: Format, codes: Codes, latent: Tensor, limits: Discrete) -
 
 
 def nearest_tiles(fmt: Format, codes: Codes, latent: Tensor, far: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Codes [N, K // tile, M] with those of the `most` furthest tiles replaced by nearer ones, and which tiles [N, K // tile]
-    changed. Each tile is rounded as the weight [1, tile] that it is.
+    """Codes [N, K // tile, M] with those of the `most` furthest tiles replaced by nearer ones, and which tiles changed.
+
+    Each tile is rounded as the weight [1, tile] that it is.
     """
-    at = far.flatten().topk(most).indices
-    rows = at // far.shape[1]
+    at = (far > fmt.reach(codes)).flatten().nonzero().squeeze(1)
+    if len(at) > most:
+        at = at[far.flatten()[at].topk(most).indices]
     tiles, old = latent.view(-1, fmt.tile)[at], codes.codes.flatten(0, 1)[at]
-    found = fmt.nearer(tiles, Codes(old.unsqueeze(1), fmt.rows(codes.params, rows))).squeeze(1)
+    found = fmt.nearer(tiles, Codes(old.unsqueeze(1), fmt.rows(codes.params, at // far.shape[1]))).squeeze(1)
     wanted = codes.codes.flatten(0, 1).index_put((at,), found).view_as(codes.codes)
     moved = torch.zeros(far.numel(), dtype=torch.bool, device=far.device).index_put((at,), (found != old).any(-1))
     return wanted, moved.view_as(far)
