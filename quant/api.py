@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from quant.card import model_card
 from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_table
 from quant.loading import load
 from quant.models import INDEX
-from quant.passes.base import BlockTuner, Tell
+from quant.passes.base import BlockTuner, Tell, Tuner
 from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, load_recipe
 from quant.resources import peak_memory_bytes, usable_device
@@ -113,14 +113,10 @@ def compile_folder(
     crew.wait()
     folder = partial_folder(output)
     final = folder / "final"
-    tuners, budget, tuned = plan.recipe.tuners(), plan.recipe.seconds(), []
-    for i, tuner in enumerate(tuners):
-        state, spent = folder / f"tuned-{i}", time.monotonic() - began
-        pace = None if budget is None else Pace(left_seconds(budget, spent, len(tuners) - i), state / "steps.json")
-        tuned.append(tuner.tune(final, plan, device, state, tell, pace))
+    tuned = train_all(plan, plan.recipe.tuners(), folder, device, tell, time.monotonic() - began)
     if work is not None:
-        if budget is not None:
-            steps = {tuner.name(): entry["steps"] for tuner, entry in zip(tuners, tuned, strict=True)}
+        if plan.recipe.budget is not None:
+            steps = {entry["pass"]: entry["steps"] for entry in tuned}
             (final / "recipe.yaml").write_text(
                 plan.recipe.with_steps(steps | block_steps(plan, report)).dump(), encoding="utf-8"
             )
@@ -142,6 +138,18 @@ def compile_folder(
         work.remove()
     crew.wait()
     return output
+
+
+def train_all(
+    plan: Plan, tuners: Sequence[Tuner], folder: Path, device: torch.device, tell: Tell, spent: float
+) -> list[dict[str, Any]]:
+    """Train the packed model `final` in `folder`; returns what report.json says of it. spent: seconds of the budget, so far."""
+    began, budget, tuned = time.monotonic() - spent, plan.recipe.seconds(), []
+    for i, tuner in enumerate(tuners):
+        state, seconds = folder / f"tuned-{i}", time.monotonic() - began
+        pace = None if budget is None else Pace(left_seconds(budget, seconds, len(tuners) - i), state / "steps.json")
+        tuned.append(tuner.tune(folder / "final", plan, device, state, tell, pace))
+    return tuned
 
 
 def pack(

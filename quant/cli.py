@@ -21,6 +21,7 @@ VERBS = {
     "compile": "quant.deploy:command",
     "export": "quant.export.command:command",
     "push": "quant.hub:command",
+    "train": "quant.retrain:command",
 }
 NO_MODEL = "no model given; give a folder, a hub id or demo:smollm2-135m, or use --list or --help"
 
