@@ -35,6 +35,7 @@ struct Problem {
     bool scale_is_e8m0 = false;          // fp4: the block scale is 2^(byte - 127), else E4M3
     const uint8_t* kinds = nullptr;      // weight only, 4 bits: [N/32] exponent bits of the floats that codes are; null: integers
     const float* token_scale = nullptr;  // weight only: [M], null for 1
+    int books = 0, length = 0;           // codebook: scale is float32 [books, 256, length]
 };
 
 struct Rotation {
@@ -65,6 +66,7 @@ struct KernelTable {
     void (*weight_only)(const Problem&);
     void (*fp4)(const Problem&);
     void (*dual)(const Problem&);
+    void (*codebook)(const Problem&);
     void (*rotate)(const Rotation&);
     void (*shift)(const Shift&);
 };
@@ -75,6 +77,7 @@ void portable_w8a8(const Problem&);
 void portable_weight_only(const Problem&);
 void portable_fp4(const Problem&);
 void portable_dual(const Problem&);
+void portable_codebook(const Problem&);
 void portable_rotate(const Rotation&);
 void portable_shift(const Shift&);
 #if defined(__x86_64__)
@@ -83,6 +86,7 @@ void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
 void avx2_fp4(const Problem&);
 void avx2_dual(const Problem&);
+void avx2_codebook(const Problem&);
 void avx2_rotate(const Rotation&);
 void avx2_shift(const Shift&);
 void avx512_a8w4(const Problem&);
@@ -90,6 +94,7 @@ void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
 void avx512_fp4(const Problem&);
 void avx512_dual(const Problem&);
+void avx512_codebook(const Problem&);
 void avx512_rotate(const Rotation&);
 void avx512_shift(const Shift&);
 void avx512bf16_weight_only(const Problem&);
