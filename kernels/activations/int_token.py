@@ -25,7 +25,7 @@ def quantize_token(x: Tensor, top: int = 127) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class IntToken(Activation):
-    """Codes from -top to top."""
+    """Codes from -top to top. The A8W4 kernel multiplies these codes as they are."""
 
     top: ClassVar[int]
 
@@ -37,7 +37,7 @@ class IntToken(Activation):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Int8Token(IntToken):
-    """8 bits; the integer kernels multiply these codes as they are."""
+    """8 bits; the W8A8 kernels multiply these codes as well."""
 
     name: ClassVar[str] = "int8_token"
     top: ClassVar[int] = 127

@@ -62,7 +62,7 @@ struct Avx512Panels : IntegerPanels {
     // One token: codes [K], zeros up to `to`, with its scale and the sum of each group.
     static void quantize(const Problem& p, const char* row, int8_t* codes, int64_t to, int t, const Panel<Acc>& panel) {
         const int64_t k = p.k, groups = k / p.group;
-        const float top = absmax_of(row, k, p.dtype), scale = (top < 1e-5f ? 1e-5f : top) / 127.0f;
+        const float most = absmax_of(row, k, p.dtype), scale = (most < 1e-5f ? 1e-5f : most) / (float)p.top;
         panel.scale[t] = scale;
         if (p.dtype == kF32) to_codes<kF32>(row, k, 1.0f / scale, codes);
         if (p.dtype == kBF16) to_codes<kBF16>(row, k, 1.0f / scale, codes);
