@@ -58,6 +58,11 @@ class Plan:
         return {name: found[name] for name in packable(self.model) if name in found}
 
     @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return sum(len(stack.blocks) for stack in self.stacks)
+
+    @property
     def adaptive(self) -> bool:
         """Whether a layer reads some tokens with 8 bits and some with 4."""
         return any(isinstance(target.activation, AdaptiveToken) for target in self.targets.values())
@@ -117,7 +122,7 @@ class Plan:
         if self.recipe.softmax is not None:
             section["softmax"] = self.recipe.softmax.model_dump()
         if self.adaptive:
-            section["token_thresholds"] = [0.0] * sum(len(stack.blocks) for stack in self.stacks)  # 8 bits, until a pass sets them
+            section["token_thresholds"] = [0.0] * self.blocks  # all tokens have 8 bits until a pass decides
         return section
 
     def kernels(self, device: str) -> dict[str, tuple[int, dict[str, str]]]:
@@ -196,9 +201,9 @@ def require_tags(plan: Plan) -> None:
     marked = any(isinstance(step, marks.Pass) for step in plan.recipe.build_passes())
     if not plan.adaptive:
         if marked:
-            raise ValueError(f"pass token_bits finds no layer with activation adaptive_token in recipe {plan.recipe.name}; drop it")
+            raise ValueError("pass token_bits finds no layer with activation adaptive_token; drop the pass")
         return
-    reason = token_bits.refuses(plan.model, sum(len(stack.blocks) for stack in plan.stacks))
+    reason = token_bits.refuses(plan.model, plan.blocks)
     if reason is None and stacks_of(plan.model):
         reason = "it has experts, which read tokens out of order"
     if reason:

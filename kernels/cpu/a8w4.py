@@ -39,9 +39,7 @@ def cpu_a8w4_multi(
     return ys
 
 
-def cpu_a8w4(
-    x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int, top: int
-) -> Tensor:
+def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int, top: int) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype: `cpu_a8w4_multi` for one layer, row_scale [N]."""
     return cpu_a8w4_multi(x, codes, scales, row_scale, [bias], [row_scale.shape[0]], group, top)[0]
 

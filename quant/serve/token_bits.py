@@ -34,7 +34,9 @@ class Tags:
         """The tags [...] of tokens x [..., K]. Raises ValueError where the last attention saw other tokens."""
         count = 0 if self.value is None else self.value.numel()
         if self.value is None or count * x.shape[-1] != x.numel():
-            raise ValueError(f"a layer reads tokens {list(x.shape[:-1])}, the attention before it tagged {count}; run whole blocks")
+            raise ValueError(
+                f"a layer reads {list(x.shape[:-1])} tokens, the attention before it tagged {count}; run whole blocks"
+            )
         return self.value.view(x.shape[:-1]).to(x.device)
 
 

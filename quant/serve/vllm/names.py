@@ -67,7 +67,7 @@ def architecture_of(section: Mapping[str, Any], names: Sequence[str]) -> Archite
     if bits := softmax_bits(section):
         raise ValueError(f"attention probabilities of {bits} bits are not served by vLLM; quantize with --set softmax=null")
     if token_thresholds(section) is not None:
-        raise ValueError("tokens whose bits follow from attention are not served by vLLM; quantize with --set activation=int8_token")
+        raise ValueError("bits that attention chooses by token are not served by vLLM; quantize with activation int8_token")
     found = ARCHITECTURES[name]
     for rule in section["rules"]:
         if rule["match"].startswith(found.floats):
