@@ -58,7 +58,9 @@ def plain(activation: str) -> Edit:
         for rule in section["rules"]:
             rule["activation"] = {**rule["activation"], "name": activation}
         first = {name: next(rule for rule in section["rules"] if rule["match"].endswith(name[-6:])) for name in FIRST}
-        early = [{**rule, "match": name, "activation": {**rule["activation"], "name": "int8_token"}} for name, rule in first.items()]
+        early = [
+            {**rule, "match": name, "activation": {**rule["activation"], "name": "int8_token"}} for name, rule in first.items()
+        ]
         section["rules"] = early + section["rules"]
 
     return change
@@ -170,7 +172,9 @@ def test_a_cache_and_padding_on_the_left_change_nothing(folder: Path) -> None:
         assert torch.equal(seen[block][0, 7:], tags[block])
     both = {"input_ids": torch.cat([padded, ids_of(1, 47, seed=5)]), "attention_mask": torch.cat([mask, torch.ones_like(mask)])}
     text = model.generate(**both, max_new_tokens=6, do_sample=False)[0, 47:]
-    assert torch.equal(text, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, 40:])
+    assert torch.equal(
+        text, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0, 40:]
+    )
 
 
 def test_integer_layers_compute_what_rounded_tokens_give(folder: Path) -> None:

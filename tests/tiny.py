@@ -26,8 +26,15 @@ from transformers import (
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on while the fox jumps again. "
 # recipe overrides that make a run take a second and need no network
 SMALL = ["calibration.tokens=512", "calibration.length=64", "calibration.source=manual", "head=null"]
+# of recipes that train: fewer steps, too
+SHORT = {recipe: ["edgeqat.steps=4"] for recipe in ("edgeqat-w4a4", "edgeqat-w4a8")} | {"distill-w4a16": ["distill.steps=8"]}
 WORDS = 320
 RATE = 16_000
+
+
+def small(recipe: str) -> list[str]:
+    """Overrides that make a run of a shipped recipe short."""
+    return [*SMALL, *SHORT.get(recipe, [])]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
