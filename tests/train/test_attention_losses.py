@@ -1,8 +1,9 @@
-"""EdgeQAT's losses: zero for equal maps, the corrected sign pulls maps together, the published one apart; entropy wants size."""
+"""EdgeQAT's losses: nothing for equal maps, the corrected sign pulls maps together, the published one apart."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_entropy_is_that_of_the_formula_with_a_key_head_for_each_of_its_query_he
 def test_entropy_falls_as_queries_grow() -> None:
     queries, keys = queries_and_keys()
     found = [float(entropy_loss([c * q for q in queries], keys)) for c in (0.5, 1.0, 1.1, 2.0, 10.0)]
-    assert all(later < earlier - 1e-3 for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later < earlier - 1e-3 for earlier, later in pairwise(found))
 
 
 def test_constant_queries_are_borne_only_where_others_vary() -> None:

@@ -1,4 +1,4 @@
-"""EdgeQAT's training: the loss of a model against itself, no gradient for the teacher, nearer maps, plain distillation without it."""
+"""EdgeQAT's training: a model against itself, no gradient for the teacher, nearer maps, plain distillation beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quant.train.attention_losses import mean_cosine
 from quant.train.distill import Rates, divergence, train
 from quant.train.folder import Student, open_student
 
-FEW = {"steps": 6, "windows": 1, "held": 2, "scales": 0.01, "vectors": 0.003}
+FEW = {"steps": 8, "windows": 2, "held": 2, "scales": 0.002, "vectors": 0.001}
 
 
 def sample(seed: int = 0) -> Sample:
@@ -117,5 +117,5 @@ def test_without_its_losses_it_is_plain_distillation_and_with_them_not(llama: Pa
     assert plain[:2] == bare[:2]
     assert whole[0] != plain[0]
     assert whole[1][1] < whole[1][0]
-    assert still[1][0] == pytest.approx(still[1][1]) == pytest.approx(whole[1][0])
+    assert still[1][0] == pytest.approx(still[1][1])  # nothing was trained
     assert [kind for _, _, kind in found] == ["distill", "edgeqat", "edgeqat", "edgeqat"]
