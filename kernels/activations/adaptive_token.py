@@ -1,6 +1,6 @@
 """`adaptive_token`: 8 bits for the tokens that the model's attention sink marks, 4 bits for the others, one scale per token.
 
-    code = round(x / s), s = absmax / top        top = 127 where the token's tag is set, else 7
+    code = round(x / s)        s = absmax / 127 where the token's tag is set, else clip * absmax / 7
 
 Tags come with the tokens, from the attention before (quant/serve/token_bits.py); tokens without tags are all read with 8 bits,
 as in calibration. So this rule is `int8_token` where every tag is set and `int4_token` where none is, bit for bit, and a kernel
@@ -26,14 +26,18 @@ TAGS = "tags"  # name among the fields of a bool [...] that may come with tokens
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveToken(IntToken):
-    """`top` is that of tokens without tags."""
+    """clip: of tokens of 4 bits, as in `int4_token`. `top` is that of tokens without tags."""
 
     name: ClassVar[str] = "adaptive_token"
     top: ClassVar[int] = 127
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.rules()  # which checks clip
 
     def rules(self) -> tuple[Int8Token, Int4Token]:
         """The rules of tagged tokens and of the others."""
-        return Int8Token(rotate=self.rotate), Int4Token(rotate=self.rotate)
+        return Int8Token(rotate=self.rotate), Int4Token(rotate=self.rotate, clip=self.clip)
 
     def quantize(self, x: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
         many, few = (rule.quantize(x, fields) for rule in self.rules())

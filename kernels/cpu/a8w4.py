@@ -27,34 +27,41 @@ def cpu_a8w4_multi(
     ns: Sequence[int],
     group: int,
     top: int,
+    reach: float,
 ) -> list[Tensor]:
     """x [M, K] -> [M, n] in x's dtype for each n of `ns`: layers that share the tokens, quantized once.
 
     codes uint8 [B, K/8, 32, 4], scales uint8 [B, K/G, 2, 32], row_scale float32 [32 B], where a layer fills n / 32
-    blocks, rounded up, of the B. top: codes of tokens are -top .. top.
+    blocks, rounded up, of the B. top, reach: see `quantize_token`.
     """
     x = x.contiguous()
     ys, arguments = library.arguments(x, codes.shape[1] * 8, codes.shape[0], biases, ns)
-    library.load().lowbit_a8w4_multi(*arguments, codes.data_ptr(), scales.data_ptr(), group, row_scale.data_ptr(), top)
+    library.load().lowbit_a8w4_multi(*arguments, codes.data_ptr(), scales.data_ptr(), group, row_scale.data_ptr(), top, reach)
     return ys
 
 
-def cpu_a8w4(x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int, top: int) -> Tensor:
+def cpu_a8w4(
+    x: Tensor, codes: Tensor, scales: Tensor, row_scale: Tensor, bias: Tensor | None, group: int, top: int, reach: float
+) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype: `cpu_a8w4_multi` for one layer, row_scale [N]."""
-    return cpu_a8w4_multi(x, codes, scales, row_scale, [bias], [row_scale.shape[0]], group, top)[0]
+    return cpu_a8w4_multi(x, codes, scales, row_scale, [bias], [row_scale.shape[0]], group, top, reach)[0]
 
 
 torch.library.define(
-    "lowbit::cpu_a8w4", "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor? bias, int group, int top) -> Tensor"
+    "lowbit::cpu_a8w4",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor? bias, int group, int top, float reach) -> Tensor",
 )
 torch.library.define(
     "lowbit::cpu_a8w4_multi",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor?[] biases, int[] ns, int group, int top) -> Tensor[]",
+    "(Tensor x, Tensor codes, Tensor scales, Tensor row_scale, Tensor?[] biases, int[] ns, int group, int top, float reach)"
+    " -> Tensor[]",
 )
 torch.library.impl("lowbit::cpu_a8w4", "cpu", cpu_a8w4)
 torch.library.impl("lowbit::cpu_a8w4_multi", "cpu", cpu_a8w4_multi)
-torch.library.register_fake("lowbit::cpu_a8w4", lambda x, _c, _s, rows, _b, _g, _t: x.new_empty((x.shape[0], rows.shape[0])))
-torch.library.register_fake("lowbit::cpu_a8w4_multi", lambda x, _c, _s, _r, _b, ns, _g, _t: library.fake_outputs(x, ns))
+torch.library.register_fake(
+    "lowbit::cpu_a8w4", lambda x, _c, _s, rows, _b, _g, _t, _e: x.new_empty((x.shape[0], rows.shape[0]))
+)
+torch.library.register_fake("lowbit::cpu_a8w4_multi", lambda x, _c, _s, _r, _b, ns, _g, _t, _e: library.fake_outputs(x, ns))
 
 
 @register
@@ -91,12 +98,13 @@ class A8W4(layout.BlockKernel):
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         assert isinstance(spec.format, Int4Dual)
         assert isinstance(spec.activation, IntToken)
-        return library.call(torch.ops.lowbit.cpu_a8w4.default, x, *prepared, bias, spec.format.group, spec.activation.top)
+        rule, group = spec.activation, spec.format.group
+        return library.call(torch.ops.lowbit.cpu_a8w4.default, x, *prepared, bias, group, rule.top, rule.reach)
 
     def matmul_joined(
         self, x: Tensor, joined: Prepared, biases: Sequence[Tensor | None], specs: Sequence[MatmulSpec]
     ) -> list[Tensor]:
         assert isinstance(specs[0].format, Int4Dual)
         assert isinstance(specs[0].activation, IntToken)
-        ns, group, top = [spec.n for spec in specs], specs[0].format.group, specs[0].activation.top
-        return library.call_multi(torch.ops.lowbit.cpu_a8w4_multi.default, x, *joined, biases, ns, group, top)
+        ns, group, rule = [spec.n for spec in specs], specs[0].format.group, specs[0].activation
+        return library.call_multi(torch.ops.lowbit.cpu_a8w4_multi.default, x, *joined, biases, ns, group, rule.top, rule.reach)

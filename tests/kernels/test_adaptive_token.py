@@ -13,7 +13,8 @@ from quant.kernels.activations.int_token import Int4Token, Int8Token, IntToken
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.formats.int4_dual import Int4Dual
 
-RULE = AdaptiveToken()
+RULE = AdaptiveToken(clip=0.8)
+FEW = Int4Token(clip=0.8)
 
 
 def tokens(m: int = 37, k: int = 96) -> Tensor:
@@ -26,7 +27,7 @@ def mixed(m: int) -> Tensor:
     return tags
 
 
-@pytest.mark.parametrize(("tag", "plain"), [(True, Int8Token()), (False, Int4Token())])
+@pytest.mark.parametrize(("tag", "plain"), [(True, Int8Token()), (False, FEW)])
 def test_all_tokens_of_a_kind_are_the_plain_rule(tag: bool, plain: IntToken) -> None:
     x = tokens()
     assert torch.equal(RULE.quantize(x, {TAGS: torch.full((37,), tag)}), plain.quantize(x, {}))
@@ -37,11 +38,21 @@ def test_every_token_is_read_by_its_own_rule() -> None:
     x, tags = tokens().view(1, 37, 96), mixed(37).view(1, 37)
     seen = RULE.quantize(x, {TAGS: tags})
     for t in range(37):
-        rule: IntToken = Int8Token() if tags[0, t] else Int4Token()
+        rule: IntToken = Int8Token() if tags[0, t] else FEW
         assert torch.equal(seen[0, t], rule.quantize(x[0, t], {}))
     few = seen[~tags].view(-1, 96)
-    codes = few / (few.abs().amax(1, keepdim=True) / 7)
-    assert torch.allclose(codes, codes.round(), atol=1e-5)  # 15 levels
+    steps = tokens()[~tags[0]].abs().amax(1, keepdim=True) * 0.8 / 7
+    assert torch.allclose(few, steps * (few / steps).round().clamp(-7, 7), atol=1e-5)  # 15 levels
+
+
+def test_clipping_a_gaussian_token_loses_less_and_a_short_range_is_refused() -> None:
+    x = tokens(50, 576)
+    lost = [float((Int4Token(clip=clip).quantize(x, {}) - x).norm()) for clip in (1.0, 0.8, 0.4)]
+    assert lost[1] < 0.9 * lost[0]
+    assert lost[1] < lost[2]
+    for clip in (0.0, 1.5):
+        with pytest.raises(ValueError, match="above 0, up to 1"):
+            AdaptiveToken(clip=clip)
 
 
 @pytest.mark.parametrize("m", [1, 5, 37, 0])

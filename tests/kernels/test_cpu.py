@@ -97,7 +97,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     x, bias = torch.randn(5, K), torch.randn(N)
     shift = torch.randint(0, 4, (K,), dtype=torch.uint8)
     return [
-        (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G, 127)),
+        (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G, 127, 127.0)),
         (torch.ops.lowbit.cpu_w8a8, (x, codes8, rows8, None, K)),
         (torch.ops.lowbit.cpu_weight_only, (x.bfloat16(), codes4, scale, zero, bias, N, K, 4, G)),
         (torch.ops.lowbit.cpu_fp4, (x, codes_fp4, scale_fp4, rows_fp4, bias, N, 16)),
@@ -112,7 +112,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
             torch.ops.lowbit.cpu_fp_shift,
             (x.bfloat16(), torch.rand(1), shift, torch.tensor([2], dtype=torch.uint8), 8, True, 16),
         ),
-        (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G, 7)),
+        (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G, 7, 9.0)),
         (torch.ops.lowbit.cpu_w8a8_multi, (x, codes8, rows8, [None, bias[64:]], [64, N - 64], K)),
         (torch.ops.lowbit.cpu_weight_only_multi, (x, codes4, scale, zero, [None, None], [32, N - 32], K, 4, G)),
     ]
@@ -132,7 +132,7 @@ def test_every_instruction_set_gives_the_same(m: int) -> None:
     available = [isa for number, isa in enumerate(library.ISAS) if lib.lowbit_select(number) == 0]
     try:
         (dual4, prepared4, spec4), *rest = problems()
-        few_bits = (dual4, prepared4, replace(spec4, activation=Int4Token()))
+        few_bits = (dual4, prepared4, replace(spec4, activation=Int4Token(clip=0.8)))
         for kernel, prepared, spec in [few_bits, (dual4, prepared4, spec4), *rest]:
             results = []
             for isa in available:

@@ -56,7 +56,7 @@ FORMATS = {
     "codebook_1x8g4": lambda g: (Codebook(books=1, group=4), Unquantized()),
     "codebook_2x8g8": lambda g: (Codebook(books=2, group=8), Unquantized()),
     "nvfp4_w4a4": lambda g: (Fp4Block(kind="nvfp4"), NvFp4()),
-    "int4_dual_a4": lambda g: (Int4Dual(group=g), Int4Token()),
+    "int4_dual_a4": lambda g: (Int4Dual(group=g), Int4Token(clip=0.8)),
 }
 
 
@@ -110,7 +110,7 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activat
     """float64 [M, N]."""
     seen = activation.quantize(x, fields).double()
     if isinstance(activation, IntToken):
-        codes, scale = quantize_token(x, activation.top)
+        codes, scale = quantize_token(x, activation.top, activation.reach)
         seen = codes.double() * scale.double().unsqueeze(-1)
     return seen @ weight.double().T + (0 if bias is None else bias.double())
 

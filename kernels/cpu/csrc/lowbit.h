@@ -36,6 +36,7 @@ struct Problem {
     const uint8_t* kinds = nullptr;      // weight only, 4 bits: [N/32] exponent bits of the floats that codes are; null: integers
     const float* token_scale = nullptr;  // weight only: [M], null for 1
     int top = 127;                       // a8w4: codes of tokens are -top .. top
+    float reach = 127.0f;                // likewise: a token's largest value, in its steps
 };
 
 struct Rotation {
