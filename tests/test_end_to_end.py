@@ -141,17 +141,20 @@ def int8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return (torch.round(args[0] * (1 / scale)).clamp(-127, 127) * scale, *args[1:])
 
 
-def tagged_input(model: nn.Module, name: str) -> Any:
-    """Forward hook: 255 levels for tokens that the attention before has tagged, 15 for the others; q, k, v of block 0: 255."""
+def tagged_input(model: nn.Module, name: str, clip: float) -> Any:
+    """Forward hook: 255 levels for tokens that the attention before has tagged, 15 of a part of the range for the others.
+
+    q, k, v of block 0 read all with 255.
+    """
     first = name.startswith("model.layers.0.self_attn.") and not name.endswith("o_proj")
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if first:
             return int8_input(module, args)
         tags = token_bits.attentions(model)[0].token_bits.tags.value
-        top = torch.where(tags, 127, 7).unsqueeze(-1)
-        scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / top
-        return (torch.round(args[0] * (1 / scale)) * scale, *args[1:])
+        top, part = torch.where(tags, 127, 7).unsqueeze(-1), torch.where(tags, 1.0, clip).unsqueeze(-1)
+        scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / (top / part)
+        return (torch.round(args[0] * (1 / scale)).clamp(-top, top) * scale, *args[1:])
 
     return hook
 
@@ -246,7 +249,7 @@ def twin(folder: Path, rounded: bool = True) -> Any:
             if block := rule["rotate"]:
                 module.register_forward_pre_hook(lambda module, args, block=block: (turn(args[0], block), *args[1:]))
             if rounded and rule["name"] == "adaptive_token":
-                module.register_forward_pre_hook(tagged_input(model, name))
+                module.register_forward_pre_hook(tagged_input(model, name, rule["clip"]))
             elif rounded and rule["name"] != "none":
                 module.register_forward_pre_hook(input_hook(rule, fields))
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -25,7 +25,7 @@ from quant.serve.token_bits import Sink, Tags, attentions
 from quant.serve.vllm.names import architecture_of
 
 FIRST = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-UNTRAINED = ["edgeqat.steps=0", "edgeqat.held=1"]
+UNTRAINED = ["edgeqat.steps=0", "edgeqat.held=1", "token_bits.length=null"]
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -56,12 +56,12 @@ def plain(activation: str) -> Edit:
     def change(section: dict[str, Any]) -> None:
         del section["token_thresholds"]
         for rule in section["rules"]:
-            rule["activation"] = {**rule["activation"], "name": activation}
-        first = {name: next(rule for rule in section["rules"] if rule["match"].endswith(name[-6:])) for name in FIRST}
-        early = [
-            {**rule, "match": name, "activation": {**rule["activation"], "name": "int8_token"}} for name, rule in first.items()
-        ]
-        section["rules"] = early + section["rules"]
+            rule["activation"]["name"] = activation
+            if activation == "int8_token":
+                del rule["activation"]["clip"]
+        kinds = {name: next(rule for rule in section["rules"] if rule["match"].endswith(name[-6:])) for name in FIRST}
+        early = {"name": "int8_token", "rotate": 64}
+        section["rules"] = [{**rule, "match": name, "activation": early} for name, rule in kinds.items()] + section["rules"]
 
     return change
 

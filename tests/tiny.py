@@ -27,7 +27,11 @@ SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on w
 # recipe overrides that make a run take a second and need no network
 SMALL = ["calibration.tokens=512", "calibration.length=64", "calibration.source=manual", "head=null"]
 # of recipes that train: fewer steps, too
-SHORT = {recipe: ["edgeqat.steps=4"] for recipe in ("edgeqat-w4a4", "edgeqat-w4a8")} | {"distill-w4a16": ["distill.steps=8"]}
+SHORT = {
+    "distill-w4a16": ["distill.steps=8"],
+    "edgeqat-w4a4": ["edgeqat.steps=4", "token_bits.length=64"],
+    "edgeqat-w4a8": ["edgeqat.steps=4"],
+}
 WORDS = 320
 RATE = 16_000
 
