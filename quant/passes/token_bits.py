@@ -19,9 +19,11 @@ from torch import Tensor
 from quant.kernels import sinks
 from quant.passes.base import Tell, Tuner
 from quant.serve.token_bits import Sink, attentions
+from quant.train.processes import joined
 
 if TYPE_CHECKING:
     from quant.plan import Plan
+    from quant.train.pace import Pace
 
 
 class Pass(Tuner):
@@ -35,7 +37,9 @@ class Pass(Tuner):
     windows: int = Field(16, ge=1)
     length: int | None = Field(None, ge=8)
 
-    def tune(self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell) -> dict[str, Any]:
+    def tune(
+        self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell, pace: Pace | None
+    ) -> dict[str, Any]:
         from quant.loading import load
         from quant.samples import make_samples
 
@@ -44,12 +48,15 @@ class Pass(Tuner):
         looked = wanted.model_copy(update={"length": length, "tokens": self.windows * length})
         samples, line = make_samples(replace(plan, recipe=plan.recipe.model_copy(update={"calibration": looked})), device)
         ids = torch.cat([sample.inputs["input_ids"] for sample in samples])
-        found = calibrate(load(folder, device=device, compile=False), ids, self.share)
-        path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["quantization_config"]["token_thresholds"] = found
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        return {"pass": "token_bits", "data": line, "share": self.share}
+        crew = joined(device)
+        if crew.main:
+            found = calibrate(load(folder, device=device, compile=False), ids, self.share)
+            path = folder / "config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config["quantization_config"]["token_thresholds"] = found
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        crew.wait()
+        return {"pass": self.name(), "data": line, "share": self.share}
 
 
 @dataclass

@@ -18,8 +18,9 @@ from quant.plan import make_plan
 from quant.recipe import load_recipe
 from quant.train.attention import Guided, Watch
 from quant.train.attention_losses import mean_cosine
-from quant.train.distill import Rates, divergence, train
+from quant.train.distill import Course, Rates, divergence, gradient, optimizer_of
 from quant.train.folder import Student, open_student
+from quant.train.processes import Processes
 
 FEW = {"steps": 8, "windows": 2, "held": 2, "scales": 0.002, "vectors": 0.001}
 
@@ -75,7 +76,7 @@ def test_training_on_the_distribution_loss_moves_maps(
 ) -> None:
     """Tokens are rounded by their tags while it trains."""
     folder, plan = packed(tmp_path_factory.getbasetemp(), llama, tuple(tiny.SMALL))
-    student: Student = open_student(folder, plan, torch.device("cpu"), codes=False)
+    student: Student = open_student(folder, plan, torch.device("cpu"), None)
     teacher = tiny.llama().float().requires_grad_(False)
     loss = Guided(teacher, student.model, 0.0, 1.0, form)
 
@@ -90,12 +91,11 @@ def test_training_on_the_distribution_loss_moves_maps(
         return loss(teacher, model, given) - divergence(teacher, model, given)
 
     before = cosine()
-    rates = Rates(scales=0.01, vectors=0.003, codes=0, tau=0.1)
-    samples = [sample()] * 5
-    train(
-        *(teacher, student, samples, [sample(9)]),
-        **{"steps": 5, "windows": 1, "rates": rates, "state": folder / form, "save_every": 9, "objective": only_maps},
-    )
+    optimizer = optimizer_of(student, Rates(scales=0.01, vectors=0.003))
+    course = Course(steps=5, windows=1, objective=only_maps)
+    for step in range(5):
+        gradient(teacher, student, [sample()], course, step, Processes())
+        optimizer.step()
     tags = student.model.model.layers[1].mlp.down_proj.tags
     assert 0 < int(tags.value.sum()) < 48
     assert (cosine() > before) is nearer
