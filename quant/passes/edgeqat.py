@@ -2,9 +2,9 @@
 
     loss = KL per token + entropy * L_E + distribution * L_D        quant/train/attention_losses.py
 
-As in the pass `distill`, steps and norms move, and codes where their rate is above 0; it starts from what the passes before
-have quantized, and tokens are rounded as they will be served. The published training starts from round-to-nearest, moves all
-weights straight through with learned step sizes, adds the cross-entropy of the text and the logits of two larger teachers.
+As in the pass `distill`, steps and norms move and codes stay; it starts from what the passes before have quantized, and tokens
+are rounded as they will be served. The published training starts from round-to-nearest, moves all weights straight through
+with learned step sizes, adds the cross-entropy of the text and the logits of two larger teachers.
 (EdgeQAT, later Squat, Shen et al., 2024. Its scripts use either these losses or bits by token, never both.)
 """
 

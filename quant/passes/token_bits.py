@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quant.kernels import sinks
 from quant.passes.base import Tell, Tuner
+from quant.resources import compute_dtype
 from quant.serve.token_bits import Sink, attentions
 from quant.train.processes import joined
 
@@ -50,7 +51,7 @@ class Pass(Tuner):
         ids = torch.cat([sample.inputs["input_ids"] for sample in samples])
         crew = joined(device)
         if crew.main:
-            found = calibrate(load(folder, device=device, compile=False), ids, self.share)
+            found = calibrate(load(folder, dtype=compute_dtype(device), device=device, compile=False), ids, self.share)
             path = folder / "config.json"
             config = json.loads(path.read_text(encoding="utf-8"))
             config["quantization_config"]["token_thresholds"] = found
