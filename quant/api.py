@@ -116,7 +116,7 @@ def compile_folder(
     tuned = train_all(plan, plan.recipe.tuners(), folder, device, tell, time.monotonic() - began)
     if work is not None:
         if plan.recipe.budget is not None:
-            steps = {entry["pass"]: entry["steps"] for entry in tuned}
+            steps = {entry["pass"]: entry["steps"] for entry in tuned if "steps" in entry}
             (final / "recipe.yaml").write_text(
                 plan.recipe.with_steps(steps | block_steps(plan, report)).dump(), encoding="utf-8"
             )

@@ -60,5 +60,5 @@ def model_card(plan: Plan, report: dict[str, Any], name: str) -> str:
         error=sum(layer["error"] for layer in layers) / len(layers),
         rtn_error=sum(layer["rtn_error"] for layer in layers) / len(layers),
         before=" before training" if "tuned" in report else "",
-        tuned="".join(TUNED.format(**tuned) for tuned in report.get("tuned", [])),
+        tuned="".join(TUNED.format(**tuned) for tuned in report.get("tuned", []) if "steps" in tuned),
     )

@@ -187,8 +187,8 @@ def one_scheme(targets: Sequence[Target]) -> bool:
 def quantization_config(layers: Mapping[str, Target], kept: Sequence[str]) -> dict[str, Any]:
     """The `quantization_config` section. `kept`: linears left in float, by disk name; they win over the rules.
 
-    Two more keys where they apply: `bias` lists layers that have a bias although the model's class makes them without one,
-    `softmax` gives the bits of attention probabilities.
+    Three more keys where they apply: `bias` lists layers that have a bias although the model's class makes them without one,
+    `softmax` gives the bits of attention probabilities, `token_thresholds` a number for each block, see serve/token_bits.py.
     """
     return {"quant_method": METHOD, "version": VERSION, "float": list(kept), "rules": rules_for(layers)}
 
@@ -230,11 +230,23 @@ def require_version(section: Mapping[str, Any]) -> None:
         raise ValueError("quantization_config holds no rules; config.json is damaged, quantize again")
     if softmax_bits(section) not in (None, *range(2, 9)):
         raise ValueError(f"quantization_config has softmax {section['softmax']}; its bits must be 2 to 8: quantize again")
+    token_thresholds(section)
 
 
 def softmax_bits(section: Mapping[str, Any]) -> Any:
     """Bits of the codes of attention probabilities; None: they stay in float."""
     return (section.get("softmax") or {}).get("bits")
+
+
+def token_thresholds(section: Mapping[str, Any]) -> list[float] | None:
+    """Of each block, the least importance of a token that adaptive layers read with 8 bits; None: there are no such layers.
+
+    Raises ValueError for what is no list of numbers.
+    """
+    found: Any = section.get("token_thresholds")
+    if found is not None and not (isinstance(found, list) and all(type(v) is float and 0 <= v <= 2 for v in found)):
+        raise ValueError("quantization_config has token_thresholds that are not numbers of 0 to 2; quantize again")
+    return found
 
 
 def layers_on_disk(tensors: Mapping[str, Entry]) -> list[str]:

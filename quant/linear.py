@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.kernels.activation import Activation, fields_of
+from quant.kernels.activations.adaptive_token import AdaptiveToken, by_tag
+from quant.kernels.activations.int_token import IntToken
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, choose
 from quant.kernels.format import Field, Fields, Format
 from quant.kernels.rotation import by_matrix
 
 if TYPE_CHECKING:
+    from quant.serve.token_bits import Tags
     from quant.siblings import Siblings
 
 
@@ -51,6 +55,7 @@ class PackedLinear(nn.Module):
         self._spec: MatmulSpec | None = None
         self._placed = False  # whether `_prepared` is where the kernel reads it fastest
         self.siblings: Siblings | None = None  # layers that read the same tensor, see quant/siblings.py
+        self.tags: Tags | None = None  # of adaptive_token, which of the tokens are important
 
     @classmethod
     def from_fields(
@@ -73,9 +78,19 @@ class PackedLinear(nn.Module):
             return shared.view(*x.shape[:-1], self.out_features)
         if not self._placed and self.siblings is None and not torch.compiler.is_compiling():
             join([self])
-        flat = self.activation.rotated(x.reshape(-1, self.in_features))
-        y = self.kernel.matmul(flat.contiguous(), self._prepared, self.bias, self._spec)
+        flat = self.activation.rotated(x.reshape(-1, self.in_features)).contiguous()
+        if self.tags is None:
+            y = self.kernel.matmul(flat, self._prepared, self.bias, self._spec)
+        else:
+            assert isinstance(self.activation, AdaptiveToken)
+            y = by_tag(self.activation, flat, self.tags.of(flat), self._multiply)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor, rule: IntToken) -> Tensor:
+        """Tokens [M, K] that are all read by one of the rules of an adaptive activation."""
+        assert self.kernel is not None
+        assert self._spec is not None
+        return self.kernel.matmul(x, self._prepared, self.bias, replace(self._spec, activation=rule))
 
     def fields(self) -> Fields:
         """The canonical tensors, bound or not."""

@@ -13,6 +13,8 @@ import torch
 
 from quant.checkpoint import Piece, predicted_bytes, quantization_config, scheme_of, sentinel
 from quant.embedding import Head, UnpackableHead, packable
+from quant.experts import stacks_of
+from quant.kernels.activations.adaptive_token import AdaptiveToken
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.masked import Masking, masking_for
 from quant.models import Entry, Weights, index, read_json, resolve
@@ -54,6 +56,16 @@ class Plan:
         table = self.selection.table
         found = self.targets if table is None else {**self.targets, table.name: table}
         return {name: found[name] for name in packable(self.model) if name in found}
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return sum(len(stack.blocks) for stack in self.stacks)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a layer reads some tokens with 8 bits and some with 4."""
+        return any(isinstance(target.activation, AdaptiveToken) for target in self.targets.values())
 
     @property
     def speech(self) -> bool:
@@ -109,6 +121,8 @@ class Plan:
             section["bias"] = created
         if self.recipe.softmax is not None:
             section["softmax"] = self.recipe.softmax.model_dump()
+        if self.adaptive:
+            section["token_thresholds"] = [0.0] * self.blocks  # all tokens have 8 bits until a pass decides
         return section
 
     def kernels(self, device: str) -> dict[str, tuple[int, dict[str, str]]]:
@@ -171,11 +185,33 @@ def make_plan(given: str, recipe: Recipe, say: Any = lambda line: None, device: 
         raise ValueError(f"{source} has no tensor for {absent[0]}; the checkpoint does not fit its config.json")
     recipe, selection = refined(recipe, selection, Weights(source, tensors), disk)
     plan = Plan(str(given), source, recipe, model, stacks, selection, disk, tensors, note, masking)
+    require_tags(plan)
     if recipe.bits is None:
         return plan
     from quant.budget import within  # it measures on a plan
 
     return within(plan, device or torch.device("cpu"), say)
+
+
+def require_tags(plan: Plan) -> None:
+    """Raise ValueError where adaptive layers would get no marks of important tokens, or marks would find no such layer."""
+    from quant.passes import token_bits as marks
+    from quant.serve import token_bits
+
+    marked = any(isinstance(step, marks.Pass) for step in plan.recipe.build_passes())
+    if not plan.adaptive:
+        if marked:
+            raise ValueError("pass token_bits finds no layer with activation adaptive_token; drop the pass")
+        return
+    reason = token_bits.refuses(plan.model, plan.blocks)
+    if reason is None and stacks_of(plan.model):
+        reason = "it has experts, which read tokens out of order"
+    if reason:
+        raise ValueError(f"activation adaptive_token does not fit this model: {reason}; use int8_token")
+    if not marked:
+        raise ValueError("activation adaptive_token needs the pass token_bits, which chooses the important tokens; add it")
+    if plan.recipe.softmax is not None:
+        raise ValueError("softmax and activation adaptive_token both replace the attention; keep one of them")
 
 
 def require_apart(targets: Mapping[str, Target], model: Any) -> None:

@@ -70,7 +70,7 @@ def retrain(
     tuners = [find(name)(**(options or {})) for entry in added for name, options in entry.items()]
     tuned = train_all(plan, [t for t in tuners if isinstance(t, Tuner)], final.parent, device, tell, time.monotonic() - began)
     if work is not None:
-        written = plan.recipe.with_steps({entry["pass"]: entry["steps"] for entry in tuned})
+        written = plan.recipe.with_steps({entry["pass"]: entry["steps"] for entry in tuned if "steps" in entry})
         (final / "recipe.yaml").write_text(written.dump(), encoding="utf-8")
         report["tuned"] = [*report.get("tuned", []), *tuned]
         report["totals"]["seconds"] += time.monotonic() - began

@@ -90,7 +90,7 @@ def print_result(console: Console, folder: Path) -> None:
         f"mean layer error {mean:.4f} (round-to-nearest {rtn:.4f}), "
         f"{totals['seconds']:.0f} s, peak memory {totals['peak_memory_bytes'] / 1e6:,.0f} MB"
     )
-    for tuned in report.get("tuned", []):
+    for tuned in (step for step in report.get("tuned", []) if "steps" in step):
         before, after = tuned["held_out_kl"]
         console.print(f"{tuned['pass']}, {tuned['steps']} steps: held-out mean KL {before:.4f} before, {after:.4f} after")
     blind = totals["quantized_without_data"]

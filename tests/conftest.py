@@ -44,7 +44,7 @@ def packed(tiny: ModuleType, llama: Path, tmp_path_factory: pytest.TempPathFacto
         if (recipe, tied) not in made:
             root = tmp_path_factory.mktemp("packed")
             source = tiny.llama_folder(root / "float", tied=True) if tied else llama
-            quant.quantize(source, recipe, root / recipe, overrides=tiny.SMALL)
+            quant.quantize(source, recipe, root / recipe, overrides=tiny.small(recipe))
             made[recipe, tied] = root / recipe
         return made[recipe, tied]
 

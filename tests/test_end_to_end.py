@@ -22,7 +22,7 @@ from quant.kernels.cpu import library
 from quant.linear import PackedLinear
 from quant.plan import make_plan
 from quant.recipe import available, load_recipe
-from quant.serve import attention, pointwise, softmax
+from quant.serve import attention, pointwise, softmax, token_bits
 
 RECIPES = tuple(available())
 TWO_BITS = ("aqlm", "blockwise-w2", "db-llm", "pv-tuning", "saliency-w2")
@@ -141,6 +141,24 @@ def int8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...
     return (torch.round(args[0] * (1 / scale)).clamp(-127, 127) * scale, *args[1:])
 
 
+def tagged_input(model: nn.Module, name: str, clip: float) -> Any:
+    """Forward hook: 255 levels for tokens that the attention before has tagged, 15 of a part of the range for the others.
+
+    q, k, v of block 0 read all with 255.
+    """
+    first = name.startswith("model.layers.0.self_attn.") and not name.endswith("o_proj")
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if first:
+            return int8_input(module, args)
+        tags = token_bits.attentions(model)[0].token_bits.tags.value
+        top, part = torch.where(tags, 127, 7).unsqueeze(-1), torch.where(tags, 1.0, clip).unsqueeze(-1)
+        scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / (top / part)
+        return (torch.round(args[0] * (1 / scale)).clamp(-top, top) * scale, *args[1:])
+
+    return hook
+
+
 def fp8_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Forward hook: the input on E4M3, each token's largest value at 448."""
     scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-5) / 448
@@ -217,6 +235,8 @@ def twin(folder: Path, rounded: bool = True) -> Any:
         model.set_attn_implementation(attention.NAME)
     if section.get("softmax"):
         model.set_attn_implementation(softmax.register(section["softmax"]["bits"]))
+    if section.get("token_thresholds"):
+        token_bits.install(model, section["token_thresholds"])
     tensors = stored(folder)
     state = {n: t.float() for n, t in tensors.items() if n in model.state_dict() and t.numel()}
     for name, module in model.named_modules():
@@ -228,7 +248,9 @@ def twin(folder: Path, rounded: bool = True) -> Any:
             rule = vars(scheme[1]) | {"name": scheme[1].name}
             if block := rule["rotate"]:
                 module.register_forward_pre_hook(lambda module, args, block=block: (turn(args[0], block), *args[1:]))
-            if rounded and rule["name"] != "none":
+            if rounded and rule["name"] == "adaptive_token":
+                module.register_forward_pre_hook(tagged_input(model, name, rule["clip"]))
+            elif rounded and rule["name"] != "none":
                 module.register_forward_pre_hook(input_hook(rule, fields))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
@@ -266,6 +288,9 @@ def worst_layer(model: Any, float_twin: Any, **inputs: Tensor) -> float:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     for name, module in layers.items():
         module.register_forward_hook(compare(name))
+    for mine, given in zip(token_bits.attentions(model), token_bits.attentions(float_twin), strict=True):
+        if hasattr(mine, "token_bits"):  # the twin's layers run with the tags that the packed model finds
+            given.token_bits = mine.token_bits
     model(**inputs)
     assert len(errors) == len(layers)
     return max(errors)
@@ -332,7 +357,7 @@ def test_report_is_complete_and_no_worse_than_rounding(packed: Packed, recipe: s
     again = load_recipe(str(folder / "recipe.yaml"))
     if recipe == "finequant":  # what it chose has become rules
         again = again.model_copy(update={"rules": ()})
-    assert again == load_recipe(recipe, tiny.SMALL)
+    assert again == load_recipe(recipe, tiny.small(recipe))
 
 
 def test_layers_that_are_fused_share_one_divisor(packed: Packed) -> None:
@@ -349,7 +374,7 @@ def test_layers_that_are_fused_share_one_divisor(packed: Packed) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_plan_knows_the_size(packed: Packed, llama: Path, tiny: ModuleType, recipe: str) -> None:
-    plan = make_plan(str(llama), load_recipe(recipe, tiny.SMALL))
+    plan = make_plan(str(llama), load_recipe(recipe, tiny.small(recipe)))
     assert plan.bytes_on_disk() == sum(f.stat().st_size for f in packed(recipe).glob("*.safetensors"))
 
 

@@ -129,6 +129,8 @@ print(sorted(above))
         "quant.search",
         "quant.siblings",
         "quant.stats",
+        "quant.train",
+        "quant.train.pace",
     }
     found = ast.literal_eval(done.stdout)
     assert {name for name in found if not name.startswith("quant.passes")} <= allowed

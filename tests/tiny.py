@@ -26,8 +26,20 @@ from transformers import (
 SENTENCE = "The quick brown fox jumps over the lazy dog, and the dog sleeps on while the fox jumps again. "
 # recipe overrides that make a run take a second and need no network
 SMALL = ["calibration.tokens=512", "calibration.length=64", "calibration.source=manual", "head=null"]
+# of recipes that train: fewer steps, too
+SHORT = {
+    "distill-w4a16": ["distill.steps=8"],
+    "edgeqat-w4a4": ["edgeqat.steps=4", "token_bits.length=64"],
+    "edgeqat-w4a8": ["edgeqat.steps=4"],
+    "pv-tuning": ["pv_tuning.steps=6"],
+}
 WORDS = 320
 RATE = 16_000
+
+
+def small(recipe: str) -> list[str]:
+    """Overrides that make a run of a shipped recipe short."""
+    return [*SMALL, *SHORT.get(recipe, [])]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

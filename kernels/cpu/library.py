@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # likewise
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES = {
-    "lowbit_a8w4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _L, _P),
+    "lowbit_a8w4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _L, _P, _I, ctypes.c_float),
     "lowbit_w8a8_multi": (_P, _I, _L, _L, _P, _I, _P, _P),
     "lowbit_weight_only_multi": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
     "lowbit_fp_channel_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _P, _L, _P),

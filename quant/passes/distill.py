@@ -15,13 +15,14 @@ from pydantic import Field
 
 from quant.passes.base import Tell, Tuner
 from quant.resources import compute_dtype
-from quant.train.distill import Course, Rates, gradient, train
+from quant.train.distill import Course, Objective, Rates, gradient, train
 from quant.train.latent import Discrete
 from quant.train.processes import Processes, joined
 
 if TYPE_CHECKING:
     from quant.calibrate import Sample
     from quant.plan import Plan
+    from quant.train.folder import Student
     from quant.train.pace import Pace
 
 
@@ -56,6 +57,10 @@ class Pass(Tuner):
         """How codes move."""
         return None
 
+    def objective(self, teacher: Any, student: Student) -> Objective | None:
+        """What is minimized; None for the KL of `train.distill`. Called before the two models first run."""
+        return None
+
     def tune(
         self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell, pace: Pace | None
     ) -> dict[str, Any]:
@@ -73,6 +78,7 @@ class Pass(Tuner):
             save_every=self.save_every,
             lam=self.lam,
             gamma=self.gamma,
+            objective=self.objective(teacher, student),
         )
         if pace is not None:
             some, _ = self.data(plan, device, 1)

@@ -23,12 +23,14 @@ from quant.runtime.session import Session, SpeechSession, graph
 def refuses(model: Any) -> str | None:
     """Why `model` cannot be compiled, or None."""
     from quant.kernels.cpu import library
-    from quant.serve import softmax
+    from quant.serve import softmax, token_bits
 
     if model.device.type != "cpu":
         return f"it is on {model.device}; compiled are models on the CPU"
     if str(model.config._attn_implementation).startswith(softmax.PREFIX):
         return "its attention probabilities are quantized; compiled are models with float attention"
+    if model.config._attn_implementation == token_bits.NAME:
+        return "attention decides the bits of its tokens; compiled are models that read all tokens alike"
     try:
         library.load()
     except library.Unavailable as error:

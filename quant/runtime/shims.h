@@ -13,7 +13,7 @@ struct LowbitOutput {  // as in lowbit.h
     int64_t n, bias_dtype;
 };
 void lowbit_a8w4_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, const void* codes,
-                 const void* scale, int64_t group, const void* row_scale);
+                 const void* scale, int64_t group, const void* row_scale, int top, float reach);
 void lowbit_w8a8_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, const void* codes,
                  const void* row_scale);
 void lowbit_weight_only_multi(const void* x, int dtype, int64_t m, int64_t k, const LowbitOutput* outputs, int count, int bits,
@@ -82,11 +82,11 @@ struct LowbitOutputs {
 template <class Biases, class... Out>
 AOTITorchError aoti_torch_cpu_cpu_a8w4_multi(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales,
                                              AtenTensorHandle row_scale, const Biases& biases, int64_t, const int64_t* ns,
-                                             int64_t, int64_t group, Out... out) {
+                                             int64_t, int64_t group, int64_t top, double reach, Out... out) {
     const LowbitOutputs<Biases> p(x, biases, ns, {out...});
     if (p.error) return p.error;
     lowbit_a8w4_multi(lowbit_data(x), p.dtype, p.m, p.k, p.outputs, sizeof...(out), lowbit_data(codes), lowbit_data(scales), group,
-                lowbit_data(row_scale));
+                lowbit_data(row_scale), (int)top, (float)reach);
     return 0;
 }
 
@@ -122,10 +122,10 @@ AOTITorchError aoti_torch_cpu_cpu_fp4_multi(AtenTensorHandle x, AtenTensorHandle
 }
 
 AOTITorchError aoti_torch_cpu_cpu_a8w4(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle scales,
-                                       AtenTensorHandle row_scale, AtenTensorHandle* bias, int64_t group,
+                                       AtenTensorHandle row_scale, AtenTensorHandle* bias, int64_t group, int64_t top, double reach,
                                        AtenTensorHandle* out) {
     const int64_t n = lowbit_size(row_scale, 0);
-    return aoti_torch_cpu_cpu_a8w4_multi(x, codes, scales, row_scale, &bias, 1, &n, 1, group, out);
+    return aoti_torch_cpu_cpu_a8w4_multi(x, codes, scales, row_scale, &bias, 1, &n, 1, group, top, reach, out);
 }
 
 AOTITorchError aoti_torch_cpu_cpu_w8a8(AtenTensorHandle x, AtenTensorHandle codes, AtenTensorHandle row_scale,

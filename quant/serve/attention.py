@@ -61,6 +61,16 @@ def mask(
     return table
 
 
+def visible(attention_mask: Tensor | None, tokens: int, keys: int, device: torch.device) -> Tensor:
+    """What `mask` returns for causal attention as a table: bool [B or 1, 1, T, S], True where a query sees a key."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    first = keys - tokens if attention_mask is not None or tokens == 1 else 0  # else a static cache that is still empty
+    places = torch.arange(keys, device=device)
+    table = torch.arange(first, first + tokens, device=device)[:, None] >= places
+    return table.view(1, 1, tokens, keys) if attention_mask is None else table & (places >= attention_mask[:, None, None, None])
+
+
 def refuses(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float) -> str | None:
     """Why our kernel cannot serve this call, in words; None when it can."""
     if query.device.type != "cpu":
@@ -99,9 +109,7 @@ def forward(
     if reason is not None:
         _logger.warning_once(f"lowbit attention: {reason}; torch's attention serves instead")
         if attention_mask is not None and attention_mask.dim() == 1:
-            seen = torch.arange(keys - tokens, keys, device=query.device)[:, None] >= torch.arange(keys, device=query.device)
-            late = torch.arange(keys, device=query.device) >= attention_mask[:, None, None, None]
-            attention_mask = seen & late
+            attention_mask = visible(attention_mask, tokens, keys, query.device)
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest
         )

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quant import checkpoint
 from quant.checkpoint import METHOD, SENTINEL_SHAPE, check_layers, has_bias, require_version, scheme_of, softmax_bits
 from quant.embedding import PackedEmbedding, install, packable, replace, size_of
 from quant.experts import PARTS, stacks_of, unstack
@@ -105,8 +106,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, PackedLinear):
                 module.require_valid(name)
                 module.requires_grad_(False)  # transformers has made the bias trainable
+        # not above: model code may be half imported when this file is
         from quant.kernels.cpu import library
-        from quant.serve import attention, pointwise, softmax  # not above: model code may be half imported when this file is
+        from quant.serve import attention, pointwise, softmax, token_bits
 
         link(model)
         places = {str(place) for place in getattr(model, "hf_device_map", {"": model.device.type}).values()}
@@ -118,6 +120,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         bits = softmax_bits(self.quantization_config.section)
         if bits is not None:
             model.set_attn_implementation(softmax.register(bits))
+        thresholds = checkpoint.token_thresholds(self.quantization_config.section)
+        if thresholds is not None:
+            token_bits.install(model, thresholds)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -127,7 +132,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(f"{extra[0]} was given a bias, which a float {kind} has no place for; this model stays packed")
         merged = [f"{name}.{param}" for name in stacks_of(model) for param in PARTS]
         dequantize(model, model.dtype if dtype is None else dtype)
-        if softmax_bits(self.quantization_config.section) is not None:
+        section = self.quantization_config.section
+        if softmax_bits(section) is not None or checkpoint.token_thresholds(section) is not None:
             model.set_attn_implementation("sdpa")
         if merged:  # save_pretrained names and takes apart what is one tensor again
             used = model._weight_conversions or []

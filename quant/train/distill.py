@@ -14,8 +14,9 @@ Under `accelerate launch` each process takes its part of a step's samples and gr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from quant.train.processes import Processes
 from quant.train.schedule import BETAS, EPSILON, share_of_rate, vector_rate
 from quant.train.state import Progress, keep, restore, save, take
 
+Objective = Callable[[Any, Any, Sample], Tensor]  # teacher, student, sample -> the loss to minimize
 ENTROPY_FLOOR = 1e-6  # nats: no power of an entropy of 0
 
 
@@ -49,7 +51,7 @@ class Course:
     """steps of `windows` samples each. lam, gamma: see above.
 
     looks: how often the loss on held-out samples is taken. patience: looks without a new best after which training stops.
-    save_every: steps.
+    save_every: steps. objective: what is minimized instead of `divergence`, without lam and gamma.
     """
 
     steps: int
@@ -59,6 +61,7 @@ class Course:
     save_every: int = 20
     lam: float = 0.0
     gamma: float = 1.0
+    objective: Objective | None = None
 
 
 def deviation_weights(wanted: Tensor, weights: Tensor, lam: float, gamma: float) -> Tensor:
@@ -159,9 +162,10 @@ def gradient(teacher: Any, student: Student, samples: Sequence[Sample], course: 
     student.refresh()
     for value in student.parameters().values():
         value.grad = None
+    loss_of = course.objective or partial(divergence, lam=course.lam, gamma=course.gamma)
     total = 0.0
     for index in crew.part(range(step * course.windows, (step + 1) * course.windows)):
-        loss = divergence(teacher, student.model, samples[index % len(samples)], course.lam, course.gamma) / course.windows
+        loss = loss_of(teacher, student.model, samples[index % len(samples)]) / course.windows
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     for layer in student.layers.values():

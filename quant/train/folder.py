@@ -51,9 +51,11 @@ def open_student(folder: Path, plan: Plan, device: torch.device, codes: Discrete
     codes: how codes may move, None where they stay. The head and the embeddings stay as they are.
     """
     from quant.loading import load
+    from quant.serve import token_bits
 
     model = load(folder, dtype=torch.float32, device=device, compile=False).requires_grad_(False)
-    model.set_attn_implementation("sdpa")  # ours has no backward pass
+    if model.config._attn_implementation != token_bits.NAME:  # which leaves gradients to torch, once it has left its marks
+        model.set_attn_implementation("sdpa")  # ours has no backward pass
     packed = {name: model.get_submodule(name) for name in plan.targets}
     layers = {name: Trained(layer) if codes is None else Latent(layer, codes) for name, layer in packed.items()}
     for name, layer in layers.items():

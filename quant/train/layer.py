@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.activations.adaptive_token import TAGS
 from quant.kernels.format import Codes, Fields
 from quant.linear import PackedLinear
 
@@ -29,6 +30,7 @@ class Trained(nn.Module):
         self.codes = found.codes
         self.start = dict(found.params)
         self.inputs = {name: fields[name] for name in self.activation.fields(self.k)}
+        self.tags = packed.tags
         fixed = self.format.whole - self.format.additive  # NVFP4's divisor is shared by the layers that engines fuse
         moving = [name for name, value in self.start.items() if value.dtype in CONTINUOUS and name not in fixed]
         self.theta = nn.ParameterDict({name: torch.zeros_like(self.start[name], dtype=torch.float32) for name in moving})
@@ -59,7 +61,8 @@ class Trained(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation.rotated(x)
         if self.activation.name != "none":
-            x = x + (self.activation.quantize(x, self.inputs).to(x.dtype) - x).detach()
+            fields = self.inputs if self.tags is None else {**self.inputs, TAGS: self.tags.of(x)}
+            x = x + (self.activation.quantize(x, fields).to(x.dtype) - x).detach()
         return nn.functional.linear(x, self.dense, self.bias)  # of two dtypes only under autocast, which keeps `dense` as it is
 
     def collect(self) -> Tensor | None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.int_token import Int4Token, Int8Token, IntToken, quantize_token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.cpu import a8w4, build, codebook, dual, fp4, fp_channel, library, memory, w8a8, weight_only
 from quant.kernels.dispatch import MatmulSpec
@@ -108,7 +108,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     vectors = torch.randint(0, 256, (-(-N // 32), K // 8, 2, 32), dtype=torch.uint8)
     return [
         (torch.ops.lowbit.cpu_codebook, (x, vectors, books, row_scale, bias, N)),
-        (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G)),
+        (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G, 127, 127.0)),
         (torch.ops.lowbit.cpu_w8a8, (x, codes8, rows8, None, K)),
         (torch.ops.lowbit.cpu_weight_only, (x.bfloat16(), codes4, scale, zero, bias, N, K, 4, G)),
         (torch.ops.lowbit.cpu_fp4, (x, codes_fp4, scale_fp4, rows_fp4, bias, N, 16)),
@@ -123,7 +123,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
             torch.ops.lowbit.cpu_fp_shift,
             (x.bfloat16(), torch.rand(1), shift, torch.tensor([2], dtype=torch.uint8), 8, True, 16),
         ),
-        (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G)),
+        (torch.ops.lowbit.cpu_a8w4_multi, (x, codes, scales, rows, [bias[:64], None], [64, N - 64], G, 7, 9.0)),
         (torch.ops.lowbit.cpu_w8a8_multi, (x, codes8, rows8, [None, bias[64:]], [64, N - 64], K)),
         (torch.ops.lowbit.cpu_weight_only_multi, (x, codes4, scale, zero, [None, None], [32, N - 32], K, 4, G)),
     ]
@@ -142,13 +142,15 @@ def test_every_instruction_set_gives_the_same(m: int) -> None:
     lib, x = library.load(), torch.randn(m, K)
     available = [isa for number, isa in enumerate(library.ISAS) if lib.lowbit_select(number) == 0]
     try:
-        for kernel, prepared, spec in problems():
+        (dual4, prepared4, spec4), *rest = problems()
+        few_bits = (dual4, prepared4, replace(spec4, activation=Int4Token(clip=0.8)))
+        for kernel, prepared, spec in [few_bits, (dual4, prepared4, spec4), *rest]:
             results = []
             for isa in available:
                 library.select(lib, isa)
                 results.append(kernel.matmul(x, prepared, None, spec))
             for isa, y in zip(available[1:], results[1:], strict=True):
-                if spec.activation.name == "int8_token":
+                if isinstance(spec.activation, IntToken):
                     assert torch.equal(y, results[0]), (kernel.name, isa)
                 else:
                     assert (y - results[0]).norm() < 1e-6 * results[0].norm(), (kernel.name, spec.format, isa)

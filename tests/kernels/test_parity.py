@@ -12,7 +12,7 @@ from torch import Tensor
 from quant.kernels import dispatch
 from quant.kernels.activation import Activation
 from quant.kernels.activations.fp8_token import Fp8Token
-from quant.kernels.activations.int_token import Int8Token, quantize_token
+from quant.kernels.activations.int_token import Int4Token, Int8Token, IntToken, quantize_token
 from quant.kernels.activations.mxfp4 import MxFp4
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
@@ -56,6 +56,7 @@ FORMATS = {
     "codebook_1x8g4": lambda g: (Codebook(books=1, group=4), Unquantized()),
     "codebook_2x8g8": lambda g: (Codebook(books=2, group=8), Unquantized()),
     "nvfp4_w4a4": lambda g: (Fp4Block(kind="nvfp4"), NvFp4()),
+    "int4_dual_a4": lambda g: (Int4Dual(group=g), Int4Token(clip=0.8)),
 }
 
 
@@ -108,8 +109,8 @@ def fields_of(spec: MatmulSpec, codes: Codes) -> Fields:
 def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, fields: Fields) -> Tensor:
     """float64 [M, N]."""
     seen = activation.quantize(x, fields).double()
-    if activation.name == "int8_token":
-        codes, scale = quantize_token(x)
+    if isinstance(activation, IntToken):
+        codes, scale = quantize_token(x, activation.top, activation.reach)
         seen = codes.double() * scale.double().unsqueeze(-1)
     return seen @ weight.double().T + (0 if bias is None else bias.double())
 
@@ -224,6 +225,7 @@ def test_cpu_kernels_are_the_ones_chosen() -> None:
     """The C++ kernels come before the reference wherever they were built."""
     for kind, name in (
         ("int4_dual", "cpu_a8w4"),
+        ("int4_dual_a4", "cpu_a8w4"),
         ("w8", "cpu_w8a8"),
         ("fp4", "cpu_fp_channel"),
         ("dual", "cpu_dual"),

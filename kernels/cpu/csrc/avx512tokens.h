@@ -17,10 +17,11 @@ inline __m512 load_values(const void* row, int64_t i, __mmask16 mask) {
 }
 
 template <DType D>
-inline void to_codes(const void* row, int64_t k, float inverse, int8_t* codes) {
+inline void to_codes(const void* row, int64_t k, float inverse, int top, int8_t* codes) {
+    const __m128i most = _mm_set1_epi8((int8_t)top), least = _mm_set1_epi8((int8_t)-top);
     const auto convert = [&](int64_t i, __mmask16 mask) {
         const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_values<D>(row, i, mask), _mm512_set1_ps(inverse)));
-        return _mm_max_epi8(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(-127));
+        return _mm_min_epi8(_mm_max_epi8(_mm512_cvtsepi32_epi8(q), least), most);
     };
     int64_t i = 0;
 #pragma GCC unroll 4
@@ -62,11 +63,11 @@ struct Avx512Panels : IntegerPanels {
     // One token: codes [K], zeros up to `to`, with its scale and the sum of each group.
     static void quantize(const Problem& p, const char* row, int8_t* codes, int64_t to, int t, const Panel<Acc>& panel) {
         const int64_t k = p.k, groups = k / p.group;
-        const float top = absmax_of(row, k, p.dtype), scale = (top < 1e-5f ? 1e-5f : top) / 127.0f;
+        const float most = absmax_of(row, k, p.dtype), scale = (most < 1e-5f ? 1e-5f : most) / p.reach;
         panel.scale[t] = scale;
-        if (p.dtype == kF32) to_codes<kF32>(row, k, 1.0f / scale, codes);
-        if (p.dtype == kBF16) to_codes<kBF16>(row, k, 1.0f / scale, codes);
-        if (p.dtype == kF16) to_codes<kF16>(row, k, 1.0f / scale, codes);
+        if (p.dtype == kF32) to_codes<kF32>(row, k, 1.0f / scale, p.top, codes);
+        if (p.dtype == kBF16) to_codes<kBF16>(row, k, 1.0f / scale, p.top, codes);
+        if (p.dtype == kF16) to_codes<kF16>(row, k, 1.0f / scale, p.top, codes);
         memset(codes + k, 0, to - k);
         for (int64_t g = 0; g < groups; g++) panel.sums[t * groups + g] = sum_codes(codes + g * p.group, p.group);
     }

@@ -208,7 +208,7 @@ struct IntegerPanels {
             to_float(converted, row, k, p.dtype);
             values = converted;
         }
-        panel.scale[t] = quantize_token(codes, values, k);
+        panel.scale[t] = quantize_token(codes, values, k, p.top, p.reach);
         memset(codes + k, 0, to - k);
         for (int64_t g = 0; g < groups; g++) panel.sums[t * groups + g] = sum_int8(codes + g * p.group, p.group);
     }

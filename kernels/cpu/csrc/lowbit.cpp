@@ -131,9 +131,9 @@ int64_t lowbit_read(const void* p, int64_t bytes) {
 
 // Dtypes: 0 float32, 1 bfloat16, 2 float16. Pointers and lengths as in Problem; `count` layers share x and the weight.
 void lowbit_a8w4_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
-                       const void* scale, int64_t group, const void* row_scale) {
+                       const void* scale, int64_t group, const void* row_scale, int top, float reach) {
     table.a8w4({x, (const uint8_t*)codes, scale, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count), group,
-                (DType)dtype, false, 4});
+                (DType)dtype, false, 4, false, nullptr, nullptr, top, reach});
 }
 
 void lowbit_w8a8_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
@@ -158,8 +158,10 @@ void lowbit_fp_channel_multi(const void* x, int dtype, int64_t m, int64_t k, con
 // Vectors out of codebooks, see codebook.h: books float32 [count, 256, length], codes of one layer.
 void lowbit_codebook(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
                      const void* codebooks, int books, int length, const void* row_scale) {
-    table.codebook({x, (const uint8_t*)codes, codebooks, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count),
-                    k, (DType)dtype, true, 8, false, nullptr, nullptr, books, length});
+    Problem p = {x, (const uint8_t*)codes, codebooks, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count),
+                 k, (DType)dtype, true, 8};
+    p.books = books, p.length = length;
+    table.codebook(p);
 }
 
 // Two planes of bits, see dual.h.
@@ -192,7 +194,7 @@ void lowbit_fp4_multi(const void* x, int dtype, int64_t m, int64_t k, const Outp
 void lowbit_a8w4(const void* x, int dtype, void* y, int64_t m, int64_t n, int64_t k, const void* codes, const void* scale,
                  int64_t group, const void* row_scale, const void* bias, int bias_dtype) {
     const Output output = {y, bias, n, bias_dtype};
-    lowbit_a8w4_multi(x, dtype, m, k, &output, 1, codes, scale, group, row_scale);
+    lowbit_a8w4_multi(x, dtype, m, k, &output, 1, codes, scale, group, row_scale, 127, 127.0f);
 }
 
 void lowbit_w8a8(const void* x, int dtype, void* y, int64_t m, int64_t n, int64_t k, const void* codes, const void* row_scale,

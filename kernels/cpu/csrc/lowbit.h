@@ -35,6 +35,8 @@ struct Problem {
     bool scale_is_e8m0 = false;          // fp4: the block scale is 2^(byte - 127), else E4M3
     const uint8_t* kinds = nullptr;      // weight only, 4 bits: [N/32] exponent bits of the floats that codes are; null: integers
     const float* token_scale = nullptr;  // weight only: [M], null for 1
+    int top = 127;                       // a8w4: codes of tokens are -top .. top
+    float reach = 127.0f;                // likewise: a token's largest value, in its steps
     int books = 0, length = 0;           // codebook: scale is float32 [books, 256, length]
 };
 

@@ -129,16 +129,16 @@ inline int32_t sum_int8(const int8_t* v, int64_t n) {
     return total;
 }
 
-// One token to int8 as kernels/activation.py says, bit for bit: scale = max(absmax, 1e-5) / 127, code = rint(v / scale)
-// by multiplication with 1 / scale. Adding 1.5 * 2^23 rounds half to even in the adder.
-inline float quantize_token(int8_t* codes, const float* v, int64_t n) {
-    const float top = absmax(v, n), magic = 12582912.0f;
-    const float scale = (top < 1e-5f ? 1e-5f : top) / 127.0f;
+// One token to integers as kernels/activations/int_token.py says, bit for bit: scale = max(absmax, 1e-5) / reach, code =
+// rint(v / scale), at most top, by multiplication with 1 / scale. Adding 1.5 * 2^23 rounds half to even in the adder.
+inline float quantize_token(int8_t* codes, const float* v, int64_t n, int top = 127, float reach = 127.0f) {
+    const float most = absmax(v, n), magic = 12582912.0f;
+    const float scale = (most < 1e-5f ? 1e-5f : most) / reach;
     const float inverse = 1.0f / scale;
     for (int64_t i = 0; i < n; i++) {
         int32_t q = (int32_t)(bits_of(v[i] * inverse + magic) - bits_of(magic));
-        q = q > 127 ? 127 : q;
-        codes[i] = (int8_t)(q < -127 ? -127 : q);
+        q = q > top ? top : q;
+        codes[i] = (int8_t)(q < -top ? -top : q);
     }
     return scale;
 }

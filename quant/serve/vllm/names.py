@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quant.checkpoint import scheme_of, softmax_bits
+from quant.checkpoint import scheme_of, softmax_bits, token_thresholds
 from quant.kernels.activation import Activation
 from quant.kernels.format import Format
 
@@ -66,6 +66,8 @@ def architecture_of(section: Mapping[str, Any], names: Sequence[str]) -> Archite
         )
     if bits := softmax_bits(section):
         raise ValueError(f"attention probabilities of {bits} bits are not served by vLLM; quantize with --set softmax=null")
+    if token_thresholds(section) is not None:
+        raise ValueError("bits that attention chooses by token are not served by vLLM; quantize with activation int8_token")
     found = ARCHITECTURES[name]
     for rule in section["rules"]:
         if rule["match"].startswith(found.floats):
