@@ -132,10 +132,7 @@ def compile_folder(
         for path in sorted(plan.source.iterdir()):
             if path.is_file() and path.suffix in COPIED and path.name not in NOT_COPIED:
                 shutil.copyfile(path, final / path.name)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(final, output)
-        work.remove()
+        work.publish(final, output)
     crew.wait()
     return output
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -76,10 +75,7 @@ def retrain(
         report["totals"]["seconds"] += time.monotonic() - began
         (final / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (final / "README.md").write_text(model_card(plan, report, output.name), encoding="utf-8")
-        if output.is_dir():
-            output.rmdir()
-        os.replace(final, output)
-        work.remove()
+        work.publish(final, output)
     crew.wait()
     return output
 

@@ -94,6 +94,13 @@ class Workspace:
             found |= read_header(self.folder / f"block-{i:05d}.safetensors")
         return found
 
+    def publish(self, final: Path, output: Path) -> None:
+        """Move the finished folder to `output`, which is empty or not there, and delete the workspace."""
+        if output.is_dir():
+            output.rmdir()
+        os.replace(final, output)
+        self.remove()
+
     def remove(self) -> None:
         """Delete the workspace."""
         shutil.rmtree(self.folder)
