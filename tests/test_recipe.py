@@ -77,7 +77,7 @@ def test_overrides_reach_keys_passes_and_defaults() -> None:
         ("formt.group=64", "did you mean 'format'?"),
         ("format.grup=64", "int4_dual has no parameter 'grup'"),
         ("format.group=wide", "group is 'wide'; it must be of type int"),
-        ("format.name=int5", "unknown format 'int5'; known: binary_dual, fp4_block"),
+        ("format.name=int5", "unknown format 'int5'; known: binary_dual, codebook"),
         ("format.group.x=1", "group has no keys of its own"),
         ("name.first=x", "name has no keys of its own"),
         ("dgq.rond=nearest", "pass dgq has no key 'rond'; did you mean 'round'?"),
