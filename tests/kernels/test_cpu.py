@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from quant.kernels.activations.int_token import Int4Token, Int8Token, IntToken, quantize_token
 from quant.kernels.activations.none import Unquantized
-from quant.kernels.cpu import a8w4, build, codebook, dual, fp4, fp_channel, library, memory, w8a8, weight_only
+from quant.kernels.cpu import a8w4, build, dual, fp4, fp_channel, library, memory, w8a8, weight_only
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
 from quant.kernels.formats.binary_dual import BinaryDual
-from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -65,11 +64,6 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         (weight_only.WeightOnly(), IntGroup(bits=bits, group=G, symmetric=False), Unquantized(), 2**bits, grouped(2**bits))
         for bits in (2, 3, 4, 8)
     ]
-    vectors = [
-        (codebook.CpuCodebook(), fmt, Unquantized(), 256, {"codebook": books.half(), "weight_scale": torch.rand(N, 1)})
-        for fmt in (Codebook(books=1, group=4), Codebook(books=2, group=8), Codebook(books=3, group=16))
-        for books in (torch.randn(fmt.books, 256, fmt.group),)
-    ]
     layers = [
         (a8w4.A8W4(), Int4Dual(group=G), Int8Token(), 16, integers),
         (w8a8.W8A8(), IntGroup(bits=8, group=-1, symmetric=True), Int8Token(), 256, {"weight_scale": torch.rand(N, 1)}),
@@ -77,14 +71,12 @@ def problems() -> list[tuple[object, tuple[Tensor, ...], MatmulSpec]]:
         (fp4.Fp4(), Fp4Block(kind="nvfp4"), Unquantized(), 16, nvfp4),
         (fp_channel.FpChannelKernel(), FpChannel(group=G), Unquantized(), 16, e3m0),
         (dual.CpuDual(), BinaryDual(group=G), Unquantized(), 4, {"weight_scale": torch.randn(N, K // G, 2).half()}),
-        *vectors,
         *float_weights,
     ]
     out = []
     for kernel, fmt, activation, top, params in layers:
         spec = MatmulSpec(n=N, k=K, format=fmt, activation=activation, device="cpu")
-        shape = (N, K) if fmt.tile == 1 else (N, K // fmt.tile, fmt.books)
-        codes = Codes(torch.randint(0, top, shape, dtype=torch.uint8), params)
+        codes = Codes(torch.randint(0, top, (N, K), dtype=torch.uint8), params)
         out.append((kernel, kernel.prepare(fmt.pack(codes), spec), spec))
     return out
 
@@ -104,10 +96,7 @@ def operator_calls() -> list[tuple[object, tuple[object, ...]]]:
     ) = problems()
     x, bias = torch.randn(5, K), torch.randn(N)
     shift = torch.randint(0, 4, (K,), dtype=torch.uint8)
-    books, row_scale = torch.randn(2, 256, 8), torch.rand(-(-N // 32) * 32)
-    vectors = torch.randint(0, 256, (-(-N // 32), K // 8, 2, 32), dtype=torch.uint8)
     return [
-        (torch.ops.lowbit.cpu_codebook, (x, vectors, books, row_scale, bias, N)),
         (torch.ops.lowbit.cpu_a8w4, (x, codes, scales, rows, bias, G, 127, 127.0)),
         (torch.ops.lowbit.cpu_w8a8, (x, codes8, rows8, None, K)),
         (torch.ops.lowbit.cpu_weight_only, (x.bfloat16(), codes4, scale, zero, bias, N, K, 4, G)),
@@ -223,8 +212,6 @@ def test_two_planes_are_right_on_every_instruction_set(group: int, k: int) -> No
 def test_thread_count_does_not_change_the_result(m: int) -> None:
     x = torch.randn(m, K)
     for kernel, prepared, spec in problems():
-        if isinstance(kernel, codebook.CpuCodebook) and m >= codebook.MANY:
-            continue  # torch multiplies
         torch.set_num_threads(1)
         one = kernel.matmul(x, prepared, None, spec)
         torch.set_num_threads(2)
@@ -308,9 +295,6 @@ def test_joined_layers_give_what_each_gives_alone(m: int) -> None:
             fields = {name: t[:n].contiguous() for name, t in kernel.restore(whole, spec).items()}
             prepared.append(kernel.prepare(fields, specs[-1]))
             biases.append(None if n == 32 else torch.randn(n))
-        if isinstance(kernel, codebook.CpuCodebook):
-            assert kernel.join(prepared) is None  # each layer has codebooks of its own
-            continue
         joined, parts = kernel.join(prepared)
         ys = kernel.matmul_joined(x, joined, biases, specs)
         for y, own, part, bias, one in zip(ys, prepared, parts, biases, specs, strict=True):

@@ -42,17 +42,16 @@ bool has(Isa isa) {
 
 KernelTable table_of(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, amx_dual, avx512_codebook, avx512_rotate, avx512_shift};
+    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, amx_dual, avx512_rotate, avx512_shift};
     if (isa == kAvx512) {  // Cascade Lake and Ice Lake have VNNI without BF16
         const bool bf16 = __builtin_cpu_supports("avx512bf16");
         return {avx512_a8w4, avx512_w8a8, bf16 ? avx512bf16_weight_only : avx512_weight_only,
-                bf16 ? avx512bf16_fp4 : avx512_fp4, bf16 ? avx512bf16_dual : avx512_dual, avx512_codebook, avx512_rotate, avx512_shift};
+                bf16 ? avx512bf16_fp4 : avx512_fp4, bf16 ? avx512bf16_dual : avx512_dual, avx512_rotate, avx512_shift};
     }
-    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_dual, avx2_codebook, avx2_rotate, avx2_shift};
+    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_dual, avx2_rotate, avx2_shift};
 #endif
     (void)isa;
-    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_dual, portable_codebook, portable_rotate,
-            portable_shift};
+    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_dual, portable_rotate, portable_shift};
 }
 
 AttentionTable attention_of(Isa isa) {
@@ -153,15 +152,6 @@ void lowbit_fp_channel_multi(const void* x, int dtype, int64_t m, int64_t k, con
                              const void* scale, int scale_is_f32, const void* kinds, int64_t group, const void* token_scale) {
     table.weight_only({x, (const uint8_t*)codes, scale, nullptr, nullptr, outputs, m, k, blocks_of(outputs, count), group,
                        (DType)dtype, scale_is_f32 != 0, 4, false, (const uint8_t*)kinds, (const float*)token_scale});
-}
-
-// Vectors out of codebooks, see codebook.h: books float32 [count, 256, length], codes of one layer.
-void lowbit_codebook(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
-                     const void* codebooks, int books, int length, const void* row_scale) {
-    Problem p = {x, (const uint8_t*)codes, codebooks, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count),
-                 k, (DType)dtype, true, 8};
-    p.books = books, p.length = length;
-    table.codebook(p);
 }
 
 // Two planes of bits, see dual.h.

@@ -37,7 +37,6 @@ struct Problem {
     const float* token_scale = nullptr;  // weight only: [M], null for 1
     int top = 127;                       // a8w4: codes of tokens are -top .. top
     float reach = 127.0f;                // likewise: a token's largest value, in its steps
-    int books = 0, length = 0;           // codebook: scale is float32 [books, 256, length]
 };
 
 struct Rotation {
@@ -68,7 +67,6 @@ struct KernelTable {
     void (*weight_only)(const Problem&);
     void (*fp4)(const Problem&);
     void (*dual)(const Problem&);
-    void (*codebook)(const Problem&);
     void (*rotate)(const Rotation&);
     void (*shift)(const Shift&);
 };
@@ -79,7 +77,6 @@ void portable_w8a8(const Problem&);
 void portable_weight_only(const Problem&);
 void portable_fp4(const Problem&);
 void portable_dual(const Problem&);
-void portable_codebook(const Problem&);
 void portable_rotate(const Rotation&);
 void portable_shift(const Shift&);
 #if defined(__x86_64__)
@@ -88,7 +85,6 @@ void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
 void avx2_fp4(const Problem&);
 void avx2_dual(const Problem&);
-void avx2_codebook(const Problem&);
 void avx2_rotate(const Rotation&);
 void avx2_shift(const Shift&);
 void avx512_a8w4(const Problem&);
@@ -96,7 +92,6 @@ void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
 void avx512_fp4(const Problem&);
 void avx512_dual(const Problem&);
-void avx512_codebook(const Problem&);
 void avx512_rotate(const Rotation&);
 void avx512_shift(const Shift&);
 void avx512bf16_weight_only(const Problem&);
