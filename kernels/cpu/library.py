@@ -30,6 +30,7 @@ _SIGNATURES = {
     "lowbit_weight_only_multi": (_P, _I, _L, _L, _P, _I, _I, _P, _P, _I, _P, _L),
     "lowbit_fp_channel_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _P, _L, _P),
     "lowbit_dual_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _L),
+    "lowbit_codebook": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _I, _P),
     "lowbit_fp_shift": (_P, _I, _P, _P, _P, _L, _L, *(ctypes.c_float, _I, *[ctypes.c_float] * 3, _L, ctypes.c_float)),
     "lowbit_rotate": (_P, _I, _P, _L, _L, _L, ctypes.c_float),
     "lowbit_fp4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _P),

@@ -1,5 +1,6 @@
 // The kernels in plain C++ for any processor: codes of eight k are spread out to [8, 32 rows], then every loop
 // runs over rows with a constant bound, which compilers vectorize for whatever they target.
+#include "codebook.h"
 #include "dual.h"
 #include "fp4.h"
 #include "weights.h"
@@ -174,6 +175,7 @@ struct Dual : SubsetSums<1> {  // entry 1 of each table is the value itself
 }  // namespace
 
 void portable_dual(const Problem& p) { run<Dual>(p); }
+void portable_codebook(const Problem& p) { look_up<PlainLookup>(p); }
 void portable_fp4(const Problem& p) { run<Fp4>(p); }
 void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
