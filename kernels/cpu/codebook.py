@@ -2,8 +2,8 @@
 
     y[m, n] = s[n] * sum_j <x[m, tile j], sum_b C[b, code[n, j, b]]> + bias[n]
 
-Up to four tokens look the products of their tiles with all entries up, so no weight is made; more meet the sums of entries in
-float32, which bfloat16 tokens need rounded to bfloat16 where the processor multiplies that.
+Up to four tokens look the products of their tiles with all entries up, so no weight is made. More meet the sums of entries in
+float32, rounded to bfloat16 for bfloat16 tokens where the processor multiplies that; without AVX-512 they are looked up too.
 """
 
 from __future__ import annotations
