@@ -39,6 +39,7 @@ from quant.kernels.cpu import library, memory
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes, Format
 from quant.kernels.formats.binary_dual import BinaryDual
+from quant.kernels.formats.codebook import ENTRIES, Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -60,7 +61,7 @@ def group_of(k: int) -> int:
 
 
 def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
-    """A valid random [n, k] weight in `fmt` (int4_dual, int_group, fp4_block, fp_channel or binary_dual)."""
+    """A valid random [n, k] weight in `fmt` (int4_dual, int_group, fp4_block, fp_channel, binary_dual or codebook)."""
     if isinstance(fmt, Fp4Block | FpChannel | BinaryDual):
         return fmt.pack(fmt.nearest(torch.randn(n, k)))
     if isinstance(fmt, Int4Dual):
@@ -68,6 +69,9 @@ def random_fields(fmt: Format, n: int, k: int) -> dict[str, Tensor]:
         scale = torch.full((n, groups), 8, dtype=torch.uint8)
         params = {"group_scale": scale, "group_offset": torch.full((n, groups), -64, dtype=torch.int8)}
         return fmt.pack(Codes(torch.randint(0, 16, (n, k), dtype=torch.uint8), params | {"row_scale": torch.rand(n)}))
+    if isinstance(fmt, Codebook):
+        params = {"codebook": torch.randn(fmt.books, ENTRIES, fmt.group).half(), "weight_scale": torch.rand(n, 1)}
+        return fmt.pack(Codes(torch.randint(0, ENTRIES, (n, k // fmt.group, fmt.books), dtype=torch.uint8), params))
     assert isinstance(fmt, IntGroup)
     params = {"weight_scale": torch.rand(n, fmt.groups(k)).to(fmt.scale_dtype)}
     if not fmt.symmetric:
@@ -97,6 +101,7 @@ def ours(m: int, n: int, k: int) -> dict[str, tuple[Call, int]]:
         *((IntGroup(bits=bits, group=group, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)),
         *((Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")),
         (BinaryDual(group=group), Unquantized()),
+        *((Codebook(books=books, group=4 * books), Unquantized()) for books in (1, 2)),
         (FpChannel(group=group), Unquantized()),
         (FpChannel(group=group), FpShift(bits=8, dynamic=True)),
     ]
@@ -124,6 +129,8 @@ def label(fmt: Format, activation: Activation) -> str:
         return f"{fmt.kind}A16"
     if isinstance(fmt, BinaryDual):
         return "dual W2A16"
+    if isinstance(fmt, Codebook):
+        return f"{fmt.books}x8g{fmt.group} A16"
     if isinstance(fmt, FpChannel):
         return f"FP{fmt.bits}A{16 if activation.name == 'none' else 8}"
     assert isinstance(fmt, IntGroup)

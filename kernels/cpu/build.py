@@ -31,6 +31,7 @@ SOURCES["pointwise_portable.cpp"] = ()
 BF16 = (*AVX512, "-mavx512bf16")
 AMX = (*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 X86_SOURCES = {"avx2.cpp": AVX2, "avx512.cpp": AVX512, "avx512float.cpp": AVX512, "avx512bf16.cpp": BF16, "amx.cpp": AMX}
+X86_SOURCES["avx512vbmi.cpp"] = (*AVX512, "-mavx512vbmi")
 X86_SOURCES["attention_avx2.cpp"] = AVX2
 X86_SOURCES |= {"pointwise_avx2.cpp": AVX2, "pointwise_avx512.cpp": AVX512}
 QUIET = "-Wno-maybe-uninitialized"  # GCC 12 blames its own header

@@ -178,6 +178,7 @@ def source_hash(policy: str) -> str:
     digest = hashlib.sha256()
     foreign = {known.module for known in POLICIES.values()} - {"unpack", POLICIES[policy].module} | {
         "activation",
+        "codebook",
         "dense",
         "fp4_native",
     }

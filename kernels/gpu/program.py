@@ -76,10 +76,11 @@ Launch = Callable[[Step, Mapping[str, Tensor | int], int], None]  # step, its ar
 @functools.cache
 def function(name: str) -> Any:
     """The Triton function of a program."""
-    from quant.kernels.gpu.jit import activation, dense, fp4_native, gemm
+    from quant.kernels.gpu.jit import activation, codebook, dense, fp4_native, gemm
 
     known = {"gemm": gemm.gemm, "combine": gemm.combine, "quantize": activation.quantize_rows, "dequantize": dense.dequantize}
     known |= {"fp4_tokens": fp4_native.fp4_tokens, "fp4_gemm": fp4_native.fp4_gemm}
+    known |= {"codebook_gemm": codebook.codebook_gemm, "codebook_dense": codebook.codebook_dense}
     return known[name]
 
 

@@ -8,13 +8,15 @@ import torch
 from quant.kernels.activations.fp_shift import FpShift
 from quant.kernels.activations.int_token import quantize_token
 from quant.kernels.activations.mxfp4 import MxFp4
+from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
+from quant.kernels.formats.codebook import ENTRIES, Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int_group import IntGroup, unpack_bits
-from quant.kernels.gpu import a8w4, fp4, fp4_native, fp_channel, launch, w8a8, wna16
+from quant.kernels.gpu import a8w4, codebook, fp4, fp4_native, fp_channel, launch, w8a8, wna16
 from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
 from quant.kernels.gpu.jit.gemm import bfloat16_bits
 from quant.kernels.gpu.plan import DENSE_TOKENS, Layer, dense_plan, plan_with
@@ -418,3 +420,26 @@ def test_native_blocks_of_sixteen():
     wanted = as_powers(q, scale) @ as_powers(weight, weight_scale).t() / whole.double()
     y = fp4_native.multiply(x, weight, weight_scale, row_scale, divisor, None, False, 1)
     assert relative(y, wanted) < ROUNDING[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("books", "group", "m", "n", "k", "processors", "splits"),
+    [(1, 4, 1, 130, 576, 9, 5), (2, 8, 17, 72, 200, 1, 1), (3, 2, 70, 40, 96, 1, 1), (2, 8, DENSE_TOKENS, 70, 200, 1, 1)],
+)
+def test_codebook_products(books, group, m, n, k, processors, splits):
+    """Against float64: tails of M, N and K, one part of K and several, many tokens with a dense weight."""
+    generator = torch.Generator().manual_seed(n + m)
+    fmt = Codebook(books=books, group=group)
+    codes = torch.randint(0, ENTRIES, (n, k // group, books), generator=generator, dtype=torch.uint8)
+    book = torch.randn(books, ENTRIES, group, generator=generator).half()
+    fields = fmt.pack(Codes(codes, {"codebook": book, "weight_scale": torch.rand(n, 1, generator=generator)}))
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cuda")
+    prepared = codebook.GpuCodebook().prepare(fields, spec)
+    weight, bias = fmt.dequantize(fmt.unpack(fields, n, k)).double(), torch.randn(n, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if m == DENSE_TOKENS and dtype == torch.float32:
+            continue
+        x = random_tokens(m, k, dtype)
+        y = codebook.multiply(x, *prepared, bias, processors)
+        assert relative(y, x.double() @ weight.t() + bias.double()) < ROUNDING[dtype], dtype
+    assert codebook.parts(m, n, k, processors)[1] == splits

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 
 import triton
 
-from quant.kernels.gpu import aot, fp4_native, model, sass
+from quant.kernels.gpu import aot, codebook, fp4_native, model, sass
 from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.plan import Layer, dense_plan, plan, plan_with
 from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, read_table, tile_of
@@ -124,6 +124,24 @@ def test_four_bit_tokens_meet_four_bit_weights_in_the_tensor_cores(arch, kind, i
         code, _ = sass.disassemble(aot.compile_program(step.program, arch).code)
         assert sass.spills(code) == 0
     assert {i.base for i in code if "MMA" in i.base} == {instruction}
+
+
+# ALU instructions per weight, tokens up to 16: the most that a change may cost
+@pytest.mark.parametrize(("arch", "books", "bar"), [(80, 1, 1.8), (90, 2, 0.9), (100, 1, 1.55)])
+def test_entries_of_codebooks_are_gathered_into_the_tensor_cores(arch, books, bar):
+    """Eight or sixteen bytes of an entry at a time, no spills."""
+    program = codebook.plan(4096, 4096, books, 4 * books, "bfloat16", None, 16, 1).steps[0].program
+    code = aot.compile_program(program, arch).code
+    counts = sass.count(code, weights=codebook.BN * codebook.BK, tokens=16, warps=program.warps)
+    assert counts.spills == 0
+    assert counts.alu_per_weight <= bar
+    assert counts.loads[str(64 * books)] >= codebook.BN * codebook.BK // (4 * 32 * program.warps)
+
+
+def test_ragged_split_and_dense_codebooks_compile():
+    odd = (97, 1000, 1, 4, "float16")
+    for step in (*codebook.plan(*odd, "float32", 64, 2).steps, *codebook.dense_plan(*odd).steps):
+        assert sass.spills(sass.disassemble(aot.compile_program(step.program, 100).code)[0]) == 0, step.program.name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -17,12 +17,14 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Codes
+from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
 from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import launch, tiles
 from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
+from quant.kernels.gpu.codebook import GpuCodebook, gpu_codebook
 from quant.kernels.gpu.fp4 import GpuFp4, gpu_fp4
 from quant.kernels.gpu.fp4_native import GpuFp4Native
 from quant.kernels.gpu.fp_channel import GpuFpChannel
@@ -52,6 +54,10 @@ def int_codes(fmt: IntGroup, n: int, k: int) -> Codes:
     if not fmt.symmetric:
         params["weight_zero"] = torch.randint(0, 2**fmt.bits, (n, fmt.groups(k)), generator=generator, dtype=torch.uint8)
     return Codes(torch.randint(0, 2**fmt.bits, (n, k), generator=generator, dtype=torch.uint8), params)
+
+
+def codebook_spec(group: int = 4, activation: Activation = FLOAT, device: str = "cuda") -> MatmulSpec:
+    return MatmulSpec(n=48, k=192, format=Codebook(books=2, group=group), activation=activation, device=device)
 
 
 def assert_restored(kernel, fields, s):
@@ -159,6 +165,17 @@ def test_restore_is_the_inverse_of_prepare_for_fp_channel(n, k, group, exponents
     assert_restored(GpuFpChannel(), shifted, MatmulSpec(n=n, k=k, format=fmt, activation=tokens, device="cuda"))
 
 
+def test_codebooks_are_restored_and_read_row_by_row():
+    generator, s = torch.Generator().manual_seed(1), codebook_spec()
+    codes = torch.randint(0, 256, (s.n, s.k // 4, 2), generator=generator, dtype=torch.uint8)
+    book = torch.randn(2, 256, 4, generator=generator).half()
+    fields = s.format.pack(Codes(codes, {"codebook": book, "weight_scale": torch.rand(s.n, 1, generator=generator)}))
+    assert_restored(GpuCodebook(), fields, s)
+    rows = torch.tensor([5, 0])
+    picked = GpuCodebook().rows(GpuCodebook().prepare(fields, s), rows, s)
+    assert torch.equal(s.format.dequantize(picked), s.format.dequantize(s.format.unpack(fields, s.n, s.k))[rows])
+
+
 def test_w8a8_keeps_its_divisor():
     fields = W8.pack(int_codes(W8, 33, 200))
     s = int_spec(W8, 33, 200, Int8Token())
@@ -232,6 +249,10 @@ def test_a_group_that_leaves_a_byte_is_an_error(dual_layer):
         (GpuFp4(), fp4_spec("nvfp4", activation=Int8Token()), "float or nvfp4 tokens"),
         (GpuFp4(), fp4_spec("mxfp4", activation=NvFp4()), "float or mxfp4 tokens"),
         (GpuFp4(), spec(), "fp4_block"),
+        (GpuCodebook(), codebook_spec(device="cpu"), "runs on cuda, not on cpu"),
+        (GpuCodebook(), codebook_spec(group=6), "power of two, not 6"),
+        (GpuCodebook(), codebook_spec(activation=Int8Token()), "float tokens"),
+        (GpuCodebook(), spec(), "codebook, not int4_dual"),
         (GpuW8A8(), int_spec(W8, activation=Int8Token(), device="cpu"), "runs on cuda, not on cpu"),
         (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation=Int8Token()), "symmetric"),
         (GpuW8A8(), int_spec(W8), "int8_token"),
@@ -249,6 +270,7 @@ def test_without_a_gpu_dispatch_keeps_the_reason():
         (int_spec(IntGroup()), "gpu_wna16"),
         (int_spec(W8, activation=Int8Token()), "gpu_w8a8"),
         (fp4_spec("nvfp4"), "gpu_fp4"),
+        (codebook_spec(), "gpu_codebook"),
     ):
         kernel, refusals = choose(given)
         assert not kernel.name.startswith("gpu")
@@ -266,6 +288,7 @@ def test_the_operators_have_fakes():
             gpu_wna16(x, weight, words, scale, scale, 4, 64),
             gpu_w8a8(x, weight, scale, torch.empty(192, device="cuda"), None),
             gpu_fp4(x, weight, words, scale, None, "nvfp4"),
+            gpu_codebook(x, torch.empty(1, 48, 48, dtype=torch.uint8, device="cuda"), scale, scale, scale, None),
         ]
     assert all((y.shape, y.dtype, y.device.type) == ((3, 48), torch.bfloat16, "cuda") for y in outputs)
 

@@ -229,6 +229,8 @@ def test_cpu_kernels_are_the_ones_chosen() -> None:
         ("w8", "cpu_w8a8"),
         ("fp4", "cpu_fp_channel"),
         ("dual", "cpu_dual"),
+        ("codebook_1x8g4", "cpu_codebook"),
+        ("codebook_2x8g8", "cpu_codebook"),
         *((f"w{b}_asym", "cpu_weight_only") for b in (2, 3, 4, 8)),
         *((kind, "cpu_fp4") for kind in ("mxfp4", "nvfp4", "mxfp4_w4a4", "nvfp4_w4a4")),
     ):

@@ -4,6 +4,7 @@
 // the second operand of a tile product must look like, and a token stored plainly is what the first must look like. A
 // panel is 32 tokens; 2 x 2 tiles of sums stay in registers over a slice. Few tokens take the AVX-512 way.
 #include "amxtile.h"
+#include "avx512codebook.h"
 #include "avx512dual.h"
 #include "avx512fp4pairs.h"
 #include "avx512integer.h"
@@ -160,4 +161,8 @@ void amx_fp4(const Problem& p) {
 void amx_dual(const Problem& p) {
     if (p.dtype != kBF16) return avx512_dual(p);
     run<Dual<TileEngine>>(p);
+}
+void amx_codebook_many(const Problem& p) {
+    if (p.dtype != kBF16) return avx512_codebook_many(p);
+    run<Codebook<TileEngine>>(p);
 }

@@ -4,7 +4,6 @@
 // which full bytes would not, so the group's scale goes on the int32 sum. W8A8 widens both sides to int16 instead.
 #include <immintrin.h>
 
-#include "codebook.h"
 #include "dual.h"
 #include "fp4.h"
 #include "weights.h"
@@ -261,7 +260,6 @@ struct Dual : SubsetSums<2> {
 
 }  // namespace
 
-void avx2_codebook(const Problem& p) { run_codebook(p); }
 void avx2_dual(const Problem& p) { run<Dual>(p); }
 void avx2_fp4(const Problem& p) { run<Fp4>(p); }
 void avx2_a8w4(const Problem& p) { run<A8W4>(p); }

@@ -1,5 +1,6 @@
 // Weight-only kernels for AVX-512 with BF16. vdpbf16ps multiplies pairs of bfloat16, exactly, and adds to a float32 lane.
 // Only bfloat16 tokens take this way: wider ones would need two or three terms, which float32 units beat.
+#include "avx512codebook.h"
 #include "avx512dual.h"
 #include "avx512fp4pairs.h"
 #include "avx512pairs.h"
@@ -69,4 +70,8 @@ void avx512bf16_fp4(const Problem& p) {
 void avx512bf16_dual(const Problem& p) {
     if (p.dtype != kBF16) return avx512_dual(p);
     run<Dual<Bf16Engine>>(p);
+}
+void avx512bf16_codebook_many(const Problem& p) {
+    if (p.dtype != kBF16) return avx512_codebook_many(p);
+    run<Codebook<Bf16Engine>>(p);
 }

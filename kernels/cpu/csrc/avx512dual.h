@@ -9,13 +9,6 @@
 
 namespace {
 
-// float32 lanes rounded to bfloat16, half to even, in the upper halves.
-inline __m512i rounded_bf16(__m512 v) {
-    const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    return _mm512_and_si512(up, _mm512_set1_epi32((int)0xFFFF0000));
-}
-
 // What codes 1, 2 and 3 of 16 rows stand for.
 struct Levels {
     __m512 one, two, three;

@@ -1,7 +1,7 @@
 // Weight-only kernels for AVX-512 without BF16, and for tokens that bfloat16 cannot hold: float32 throughout.
+#include "avx512codebook.h"
 #include "avx512dual.h"
 #include "avx512fp4.h"
-#include "codebook.h"
 
 namespace {
 
@@ -67,4 +67,5 @@ using Kernel = WeightOnly<BITS, FloatEngine>;
 void avx512_weight_only(const Problem& p) { LOWBIT_BY_BITS(p, Kernel) }
 void avx512_fp4(const Problem& p) { run<Fp4<FloatEngine>>(p); }
 void avx512_dual(const Problem& p) { run<Dual<FloatEngine>>(p); }
-void avx512_codebook(const Problem& p) { run_codebook(p); }
+void avx512_codebook_few(const Problem& p) { look_up<WideLookup>(p); }
+void avx512_codebook_many(const Problem& p) { run<Codebook<FloatEngine>>(p); }

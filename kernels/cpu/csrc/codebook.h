@@ -1,85 +1,85 @@
-// codebook: vectors of `length` neighbouring weights out of codebooks of 256, one byte per vector and book.
+// codebook: `vector` neighbouring k of a row are a sum of one entry of each of `books` codebooks, times one scale per row.
 //
-//     y[m, n] = s[n] * sum_j <x[m, tile j], sum_b C[b, code[n, j, b]]>
+//     y[m, n] = s[n] * sum_{j, b} <x[m, tile j], C[b, code[n, j, b]]>
 //
-// Codes are [N/32, tiles, books, 32]: a tile's bytes of 32 rows side by side. The codebooks, float32 [books, 256, length], stay in
-// the L1 cache (4 KiB for one of length 4); a byte then costs a load of four weights and a multiplication of four.
+// A column is the codes of one tile and one book. Codes are [columns/16, N/32, 16, 32], codebooks float32 [books, vector, 256].
+// Few tokens: a table of a token's products with all 256 entries is made once per column, and serves every row: a look-up and
+// an addition do the work of `vector` multiplications, in float32. So many tables as the L1 cache holds meet all rows in turn.
 #pragma once
 #include "driver.h"
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+constexpr int kEntries = 256;
+constexpr int kMostBooks = 8;
+constexpr int kTables = 16;            // columns at a time: 16 KiB of tables
+constexpr int64_t kCodesAhead = 1024;  // bytes asked for ahead: two blocks
 
-inline Four fused(Four a, Four b, Four c) {
-#if defined(__FMA__)
-    return (Four)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
-#else
-    return a * b + c;
-#endif
-}
-
-// BOOKS, QUARTERS: number of books and length / 4, 0 where they are known at run time only.
-template <int BOOKS, int QUARTERS>
-struct Codebook {
-    using Acc = float;
-    static constexpr bool kInteger = false, kPairs = false;
-    static constexpr int kWidth = 0;
-#if defined(__AVX512VL__)
-    static constexpr int kSums = 16;  // of 32 registers
-#else
-    static constexpr int kSums = 8;
-#endif
-
-    static int64_t panel_bytes(const Problem& p, bool) { return 4 * p.k; }
-
-    // Four values of each token side by side, [K / 4, tokens, 4].
-    static void gather(const Problem& p, const char* row, int t, const Panel<float>& panel) {
-        static thread_local Scratch buffer;
-        float* values = (float*)buffer.at_least(p.k * 4);
-        to_float(values, row, p.k, p.dtype);
-        float* out = (float*)panel.data + 4 * t;
-        for (int64_t i = 0; i < p.k; i += 4) memcpy(out + i * panel.tokens, values + i, 16);
-    }
-
-    template <int MT, int B>
-    static void few(const Problem& p, int64_t block, const Panel<float>& panel, float* out) {
-        constexpr int R = MT == 1 ? kSums : MT == 2 ? kSums / 2 : kSums / 4;  // rows at a time
-        const int books = BOOKS ? BOOKS : p.books, quarters = QUARTERS ? QUARTERS : p.length / 4, length = 4 * quarters;
-        const int64_t tiles = p.k / length;
-        const float* book = (const float*)p.scale;
-        for (int row = 0; row < kRows; row += R) {
-            const uint8_t* codes = p.codes + block * tiles * books * kRows + row;
-            const float* x = (const float*)panel.data;
-            Four sum[R][MT] = {};
-            for (int64_t tile = 0; tile < tiles; tile++, codes += books * kRows) {
-                __builtin_prefetch(codes + kAhead);
-                for (int q = 0; q < quarters; q++, x += 4 * MT) {
-                    Four token[MT];
-                    for (int t = 0; t < MT; t++) token[t] = *(const Four*)(x + 4 * t);
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; r++) {
-                        Four weight = *(const Four*)(book + codes[r] * length + 4 * q);
-                        for (int b = 1; b < books; b++)
-                            weight += *(const Four*)(book + (b * 256 + codes[b * kRows + r]) * length + 4 * q);
-#pragma GCC unroll 4
-                        for (int t = 0; t < MT; t++) sum[r][t] = fused(weight, token[t], sum[r][t]);
-                    }
-                }
-            }
-            for (int t = 0; t < MT; t++)
-                for (int r = 0; r < R; r++) out[t * kRows + row + r] = (sum[r][t][0] + sum[r][t][1]) + (sum[r][t][2] + sum[r][t][3]);
-        }
+struct Columns {
+    static int64_t count(const Problem& p) { return p.k / p.vector * p.books; }
+    static const uint8_t* at(const Problem& p, int64_t block, int64_t column) {
+        return p.codes + ((column / kTables * p.blocks + block) * kTables + column % kTables) * kRows;
     }
 };
 
-inline void run_codebook(const Problem& p) {
-    if (p.books == 1 && p.length == 4) return run<Codebook<1, 1>>(p);
-    if (p.books == 2 && p.length == 8) return run<Codebook<2, 2>>(p);
-    run<Codebook<0, 0>>(p);
+// A Lookup supplies
+//   make(book, tile, vector, table)                   table [256]: products of a token's tile with the entries, as it reads them
+//   add(p, block, both, column, count, tables, sums)  sums [64] += look-ups in `count` columns of a block, or of it and the next
+template <class Lookup>
+inline void look_up(const Problem& p) {
+    const int64_t columns = Columns::count(p), pairs = ceil_div(p.blocks, 2);
+    const int threads = p.m * p.blocks * kRows * p.k < kSerialWork ? 1 : max_threads();
+    parallel(threads, pairs, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch buffer;
+        const int64_t table_floats = kTables * kEntries, sum_floats = (end - begin) * 2 * kRows;
+        float* tables = (float*)buffer.at_least(4 * (table_floats + sum_floats + p.k));
+        float *sums = tables + table_floats, *x = sums + sum_floats;
+        for (int64_t t = 0; t < p.m; t++) {
+            to_float(x, (const char*)p.x + t * p.k * element_size(p.dtype), p.k, p.dtype);
+            memset(sums, 0, 4 * sum_floats);
+            for (int64_t column = 0; column < columns; column += kTables) {
+                const int count = (int)min64(kTables, columns - column);
+                for (int i = 0; i < count; i++) {
+                    const int at = (int)column + i, tile = at / p.books, book = at % p.books;
+                    Lookup::make(p.book + book * p.vector * kEntries, x + tile * p.vector, p.vector, tables + i * kEntries);
+                }
+                for (int64_t pair = begin; pair < end; pair++)
+                    Lookup::add(p, 2 * pair, 2 * pair + 1 < p.blocks, column, count, tables, sums + (pair - begin) * 2 * kRows);
+            }
+            for (int64_t block = 2 * begin; block < min64(2 * end, p.blocks); block++)
+                store<Lookup>(p, block, t, 1, sums + (block - 2 * begin) * kRows, nullptr);
+        }
+    });
 }
+
+// Without look-ups in registers: eight rows' codes as one word, one load for each.
+struct PlainLookup {
+    using Acc = float;
+
+    static void make(const float* book, const float* tile, int vector, float* table) {
+        for (int e = 0; e < kEntries; e += kLanes) {
+            float sum[kLanes] = {};
+            for (int d = 0; d < vector; d++)
+                for (int l = 0; l < kLanes; l++) sum[l] += book[d * kEntries + e + l] * tile[d];
+            memcpy(table + e, sum, sizeof sum);
+        }
+    }
+
+    static void add(const Problem& p, int64_t block, bool both, int64_t column, int count, const float* tables, float* sums) {
+        for (int64_t r = 0; r < (both ? 2 : 1) * kRows; r += 8) {
+            const uint8_t* codes = Columns::at(p, block + r / kRows, column) + r % kRows;
+            float sum[8];
+            memcpy(sum, sums + r, sizeof sum);
+            for (int i = 0; i < count; i++) {
+                uint64_t word;
+                memcpy(&word, codes + i * kRows, sizeof word);
+                const float* table = tables + i * kEntries;
+#pragma GCC unroll 8
+                for (int l = 0; l < 8; l++, word >>= 8) sum[l] += table[word & 255];
+            }
+            memcpy(sums + r, sum, sizeof sum);
+        }
+    }
+};
 
 }  // namespace

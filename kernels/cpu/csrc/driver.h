@@ -23,7 +23,6 @@
 
 namespace {
 
-constexpr int kFew = 4;           // tokens per panel on the way for few tokens
 constexpr int kTokenBlock = 192;  // tokens that share one unpacked slice: a multiple of every kWidth
 constexpr int64_t kChunk = 1536;  // tokens gathered at a time; bounds the scratch memory
 constexpr int64_t kSerialWork = 200000;  // multiplications below which waking a second thread costs more than it saves
@@ -115,7 +114,7 @@ inline void few_dispatch(const Problem& p, int64_t block, const Panel<typename K
 template <class K>
 inline void run_chunk(const Problem& p, int64_t first, int64_t m, int threads) {
     using Acc = typename K::Acc;
-    const bool many = K::kWidth > 0 && m > kFew;
+    const bool many = K::kWidth > 0 && p.m > kFew;  // a remainder of a chunk goes the way of the others
     const int width = many ? K::kWidth : kFew;
     const int64_t count = ceil_div(m, width), groups = p.k / p.group, blocks = p.blocks;
     const int64_t token_bytes = round_up(K::panel_bytes(p, many), 64);

@@ -42,17 +42,22 @@ bool has(Isa isa) {
 
 KernelTable table_of(Isa isa) {
 #if defined(__x86_64__)
-    if (isa == kAmx) return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, amx_dual, avx512_codebook, avx512_rotate, avx512_shift};
+    const auto codebook_few = __builtin_cpu_supports("avx512vbmi") ? avx512vbmi_codebook_few : avx512_codebook_few;
+    if (isa == kAmx)
+        return {amx_a8w4, amx_w8a8, amx_weight_only, amx_fp4, amx_dual, codebook_few, amx_codebook_many, avx512_rotate,
+                avx512_shift};
     if (isa == kAvx512) {  // Cascade Lake and Ice Lake have VNNI without BF16
         const bool bf16 = __builtin_cpu_supports("avx512bf16");
         return {avx512_a8w4, avx512_w8a8, bf16 ? avx512bf16_weight_only : avx512_weight_only,
-                bf16 ? avx512bf16_fp4 : avx512_fp4, bf16 ? avx512bf16_dual : avx512_dual, avx512_codebook, avx512_rotate, avx512_shift};
+                bf16 ? avx512bf16_fp4 : avx512_fp4, bf16 ? avx512bf16_dual : avx512_dual, codebook_few,
+                bf16 ? avx512bf16_codebook_many : avx512_codebook_many, avx512_rotate, avx512_shift};
     }
-    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_dual, avx2_codebook, avx2_rotate, avx2_shift};
+    if (isa == kAvx2) return {avx2_a8w4, avx2_w8a8, avx2_weight_only, avx2_fp4, avx2_dual, portable_codebook,
+                              portable_codebook, avx2_rotate, avx2_shift};
 #endif
     (void)isa;
-    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_dual, portable_codebook, portable_rotate,
-            portable_shift};
+    return {portable_a8w4, portable_w8a8, portable_weight_only, portable_fp4, portable_dual, portable_codebook,
+            portable_codebook, portable_rotate, portable_shift};
 }
 
 AttentionTable attention_of(Isa isa) {
@@ -155,20 +160,20 @@ void lowbit_fp_channel_multi(const void* x, int dtype, int64_t m, int64_t k, con
                        (DType)dtype, scale_is_f32 != 0, 4, false, (const uint8_t*)kinds, (const float*)token_scale});
 }
 
-// Vectors out of codebooks, see codebook.h: books float32 [count, 256, length], codes of one layer.
-void lowbit_codebook(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
-                     const void* codebooks, int books, int length, const void* row_scale) {
-    Problem p = {x, (const uint8_t*)codes, codebooks, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count),
-                 k, (DType)dtype, true, 8};
-    p.books = books, p.length = length;
-    table.codebook(p);
-}
-
 // Two planes of bits, see dual.h.
 void lowbit_dual_multi(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
                        const void* scale, int scale_is_f32, int64_t group) {
     table.dual({x, (const uint8_t*)codes, scale, nullptr, nullptr, outputs, m, k, blocks_of(outputs, count), group, (DType)dtype,
                 scale_is_f32 != 0, 2});
+}
+
+// Sums of vectors from codebooks, see codebook.h: book [books, vector, 256], row_scale [N].
+void lowbit_codebook(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
+                     const void* book, int books, int vector, const void* row_scale) {
+    Problem p = {x, (const uint8_t*)codes, nullptr, nullptr, (const float*)row_scale, outputs, m, k, blocks_of(outputs, count), k,
+                 (DType)dtype, false, 8};
+    p.book = (const float*)book, p.books = books, p.vector = vector;
+    (m <= kFew ? table.codebook_few : table.codebook_many)(p);
 }
 
 // Tokens as floats of few bits, see Shift.

@@ -9,6 +9,7 @@
 enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 
 constexpr int kRows = 32;         // rows per block
+constexpr int kFew = 4;           // as many tokens are few, and a panel of them
 constexpr int64_t kAhead = 2048;  // bytes of weights asked for ahead of use
 
 struct Output {
@@ -24,7 +25,7 @@ struct Problem {
     const void* scale;       // a8w4: uint8 [N/32, K/G, 2, 32] (s2, then o as int8); weight only: float16 or float32 [N/32, K/G, 32];
                              // fp4: uint8 [N/32, K/G, 32]; dual: float16 or float32 [N/32, K/G, 2, 32]
     const uint8_t* zero;     // weight only: uint8 [N/32, K/G, 32], null when symmetric
-    const float* row_scale;  // a8w4, w8a8, nvfp4: [N], where every layer but the last fills whole blocks
+    const float* row_scale;  // a8w4, w8a8, nvfp4, codebook: [N], where every layer but the last fills whole blocks
     const Output* outputs;   // [layers]
     int64_t m, k;
     int64_t blocks;          // of all layers
@@ -37,7 +38,8 @@ struct Problem {
     const float* token_scale = nullptr;  // weight only: [M], null for 1
     int top = 127;                       // a8w4: codes of tokens are -top .. top
     float reach = 127.0f;                // likewise: a token's largest value, in its steps
-    int books = 0, length = 0;           // codebook: scale is float32 [books, 256, length]
+    const float* book = nullptr;         // codebook: [books, vector, 256]
+    int vector = 0, books = 0;
 };
 
 struct Rotation {
@@ -68,7 +70,8 @@ struct KernelTable {
     void (*weight_only)(const Problem&);
     void (*fp4)(const Problem&);
     void (*dual)(const Problem&);
-    void (*codebook)(const Problem&);
+    void (*codebook_few)(const Problem&);
+    void (*codebook_many)(const Problem&);
     void (*rotate)(const Rotation&);
     void (*shift)(const Shift&);
 };
@@ -88,7 +91,6 @@ void avx2_w8a8(const Problem&);
 void avx2_weight_only(const Problem&);
 void avx2_fp4(const Problem&);
 void avx2_dual(const Problem&);
-void avx2_codebook(const Problem&);
 void avx2_rotate(const Rotation&);
 void avx2_shift(const Shift&);
 void avx512_a8w4(const Problem&);
@@ -96,15 +98,19 @@ void avx512_w8a8(const Problem&);
 void avx512_weight_only(const Problem&);
 void avx512_fp4(const Problem&);
 void avx512_dual(const Problem&);
-void avx512_codebook(const Problem&);
+void avx512_codebook_few(const Problem&);
+void avx512_codebook_many(const Problem&);
 void avx512_rotate(const Rotation&);
 void avx512_shift(const Shift&);
+void avx512vbmi_codebook_few(const Problem&);
 void avx512bf16_weight_only(const Problem&);
 void avx512bf16_fp4(const Problem&);
 void avx512bf16_dual(const Problem&);
+void avx512bf16_codebook_many(const Problem&);
 void amx_a8w4(const Problem&);
 void amx_w8a8(const Problem&);
 void amx_weight_only(const Problem&);
 void amx_fp4(const Problem&);
 void amx_dual(const Problem&);
+void amx_codebook_many(const Problem&);
 #endif

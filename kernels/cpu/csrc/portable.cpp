@@ -174,8 +174,8 @@ struct Dual : SubsetSums<1> {  // entry 1 of each table is the value itself
 
 }  // namespace
 
-void portable_codebook(const Problem& p) { run_codebook(p); }
 void portable_dual(const Problem& p) { run<Dual>(p); }
+void portable_codebook(const Problem& p) { look_up<PlainLookup>(p); }
 void portable_fp4(const Problem& p) { run<Fp4>(p); }
 void portable_a8w4(const Problem& p) { run<A8W4>(p); }
 void portable_w8a8(const Problem& p) { run<W8A8>(p); }
