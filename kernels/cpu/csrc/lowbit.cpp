@@ -167,6 +167,9 @@ void lowbit_dual_multi(const void* x, int dtype, int64_t m, int64_t k, const Out
                 scale_is_f32 != 0, 2});
 }
 
+// Whether many tokens share the entries that are looked up; without AVX-512 every token looks its products up.
+int lowbit_codebook_shares() { return table.codebook_many != table.codebook_few; }
+
 // Sums of vectors from codebooks, see codebook.h: book [books, vector, 256], row_scale [N].
 void lowbit_codebook(const void* x, int dtype, int64_t m, int64_t k, const Output* outputs, int count, const void* codes,
                      const void* book, int books, int vector, const void* row_scale) {
