@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from quant import checkpoint, forecast
 from quant.calibrate import Sample
 from quant.card import model_card
-from quant.compile import BlockReport, Listener, TableReport, run_blocks, run_table
+from quant.compile import BlockReport, Listener, TableReport, run_block, run_blocks, run_table
 from quant.loading import load
 from quant.models import INDEX
 from quant.passes.base import BlockTuner, Tell, Tuner
@@ -156,7 +157,9 @@ def pack(
     resumed = len(work.reports)
     try:
         table = run_table(plan, work)
-        blocks = run_blocks(plan, samples, work, device, listen)
+        passes, weights = plan.recipe.build_passes(), plan.weights()
+        make = partial(run_block, plan, samples=samples, passes=passes, weights=weights, device=device, folder=work.folder)
+        blocks = run_blocks(plan, samples, work, device, listen, passes, make)
     except BaseException:
         if not work.reports:
             work.remove()  # nothing in it that a second run could use

@@ -77,8 +77,14 @@ class BlockReport:
     trained: list[dict[str, Any]] = field(default_factory=list)
     folds: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, report: dict[str, Any]) -> BlockReport:
+        """What `asdict` made of one."""
+        return cls(**report | {"layers": [LayerReport(**layer) for layer in report["layers"]]})
+
 
 Listener = Callable[[int, int, BlockReport], None]  # blocks done, blocks in all, the block just finished
+Maker = Callable[[str, dict[str, Chain]], tuple[BlockReport, Fields]]  # a block's name and the chains, which it moves past it
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,18 @@ def run_table(plan: Plan, work: Workspace) -> TableReport | None:
 
 
 @torch.no_grad()
-def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch.device, listen: Listener) -> list[BlockReport]:
-    """Quantize every block that `work` does not hold yet; returns the reports of all blocks."""
-    passes, weights = plan.recipe.build_passes(), plan.weights()
-    total = sum(len(stack.blocks) for stack in plan.stacks)
-    reports = [BlockReport(**r | {"layers": [LayerReport(**x) for x in r["layers"]]}) for r in work.reports]
+def run_blocks(
+    plan: Plan,
+    samples: list[Sample],
+    work: Workspace,
+    device: torch.device,
+    listen: Listener,
+    passes: list[BasePass],
+    make: Maker,
+) -> list[BlockReport]:
+    """Make every block that `work` does not hold yet, as `passes` ask; returns the reports of all blocks."""
+    weights, total = plan.weights(), plan.blocks
+    reports = [BlockReport.read(report) for report in work.reports]
     tuners = [step for step in passes if isinstance(step, BlockTuner)]
     compared = tuners or any(isinstance(step, Corrector) and step.needs_float for step in passes)
     kinds = ["quant", "float"] if compared else ["quant"]
@@ -139,7 +152,7 @@ def run_blocks(plan: Plan, samples: list[Sample], work: Workspace, device: torch
                     chain.hidden = work.chain(kind)
             for name in stack.blocks[len(reports) - first_block :]:
                 torch.manual_seed(plan.recipe.seed + len(reports))
-                report, fields = run_block(plan, name, chains, samples, passes, weights, device, work.folder)
+                report, fields = make(name, chains)
                 reports.append(report)
                 hidden = {kind: chain.hidden for kind, chain in chains.items()}
                 work.commit(asdict(report), fields, hidden, name == stack.blocks[-1])
@@ -193,7 +206,6 @@ def run_block(
         if isinstance(step, Transform):
             refused |= step.apply(view)
     layers: list[LayerReport] = []
-    fields: Fields = {}
     shares = [
         (group, members, group.stats.rotated(members[0].activation.rotate))
         for group in groups
@@ -206,40 +218,51 @@ def run_block(
         seen = recapture(name, running, readers, chains["quant"], samples)
         del running
         shares = [(group, members, seen.get(members[0].name, stats)) for group, members, stats in shares]
-    packed_block = PackedBlock(name, block, chains["quant"], chains["float"].hidden if "float" in chains else [], samples)
+    packed = PackedBlock(name, block, chains["quant"], chains["float"].hidden if "float" in chains else [], samples)
     tuners = [step for step in passes if isinstance(step, BlockTuner)]
     for group, members, stats in shares:
-        for target, packed, report in quantize_members(view, group, members, stats, passes):
+        for target, codes, report in quantize_members(view, group, members, stats, passes):
             layers.append(report)
-            old = view.linear(target.name).weight.detach()
-            packed_block.layers[target.name] = install(block, target, packed, name)
             if tuners:
-                packed_block.weights[target.name] = by_matrix(old, target.activation.rotate)
-    pace = block_pace(plan, folder, time.monotonic() - began)
-    trained = [tuner.tune(packed_block, folder, pace) for tuner in tuners]
-    view.changed |= packed_block.changed
-    for layer_name, layer in packed_block.layers.items():
+                old = view.linear(target.name).weight.detach()
+                packed.weights[target.name] = by_matrix(old, target.activation.rotate)
+            packed.layers[target.name] = install(block, target, codes, name)
+    pace = block_pace(plan, folder, time.monotonic() - began, bool(plan.recipe.tuners()))
+    trained = [tuner.tune(packed, folder, pace) for tuner in tuners]
+    fields = finished(plan, packed, targets, view.changed, weights, device)
+    return BlockReport(name, time.monotonic() - began, layers, refused, trained, view.folds), fields
+
+
+def finished(
+    plan: Plan, packed: PackedBlock, targets: dict[str, Target], changed: set[str], weights: Weights, device: torch.device
+) -> Fields:
+    """The tensors of a block that is done, by name on disk; the quantized chain moves past it. changed: what passes changed."""
+    name, block = packed.name, packed.module
+    fields: Fields = {}
+    for layer_name, layer in packed.layers.items():
         disk = plan.layer_on_disk(layer_name)
         fields |= {f"{disk}.{key}": value.cpu() for key, value in layer.fields().items()}
         layer.unpack()  # for one pass over the data; not worth a copy in huge pages, whose chunks would outlive the block
     created = {f"{t.name}.bias": f"{plan.layer_on_disk(t.name)}.bias" for t in targets.values() if t.new_bias}
-    for param in sorted((view.changed | created.keys()) - {f"{t}.weight" for t in targets}):
-        value = view.block.get_parameter(param.removeprefix(f"{name}."))
+    for param in sorted((changed | packed.changed | created.keys()) - {f"{t}.weight" for t in targets}):
+        value = block.get_parameter(param.removeprefix(f"{name}."))
         if param in created:
             fields[created[param]] = value.detach().to(weights.dtype(created[param].removesuffix("bias") + "weight")).cpu()
         else:
             fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
-    advance(block.to(compute_dtype(device)), chains["quant"])
-    return BlockReport(name, time.monotonic() - began, layers, refused, trained, view.folds), fields
+    advance(block.to(compute_dtype(device)), packed.inputs)
+    return fields
 
 
-def block_pace(plan: Plan, folder: Path, fixed: float) -> Pace | None:
-    """The time for the training of a block, of a recipe with a budget; fixed: seconds that the rest of the block took."""
+def block_pace(plan: Plan, folder: Path, fixed: float, more: bool) -> Pace | None:
+    """The time for the training of a block, of a recipe with a budget; fixed: seconds that the rest of the block took.
+
+    more: whether training follows the blocks.
+    """
     budget = plan.recipe.seconds()
     if budget is None:
         return None
-    blocks = sum(len(stack.blocks) for stack in plan.stacks)
-    return Pace(block_seconds(budget, blocks, fixed, bool(plan.recipe.tuners())), folder / "block-steps.json")
+    return Pace(block_seconds(budget, plan.blocks, fixed, more), folder / "block-steps.json")
 
 
 def quantize_members(

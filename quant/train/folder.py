@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,6 @@ def dense_head(head: Any) -> nn.Linear:
 
 def write_back(student: Student, folder: Path, plan: Plan) -> None:
     """Overwrite the student's tensors in the folder's files; shapes, dtypes and places stay."""
-    stored = index(folder)
     changed: dict[str, Tensor] = {}
     for name, layer in student.layers.items():
         disk = plan.layer_on_disk(name)
@@ -95,7 +95,13 @@ def write_back(student: Student, folder: Path, plan: Plan) -> None:
         if layer.bias is not None:
             changed[f"{disk}.bias"] = layer.bias
     changed |= {plan.disk[name]: parameter for name, parameter in student.others.items()}
-    for name, value in changed.items():
+    overwrite(folder, changed.items())
+
+
+def overwrite(folder: Path, changed: Iterable[tuple[str, Tensor]]) -> None:
+    """Put tensors, by name on disk, in the place of those that the folder's files hold, in their dtypes."""
+    stored = index(folder)
+    for name, value in changed:
         entry = stored[name]
         data = value.detach().to(entry.dtype).cpu().contiguous()
         assert tuple(data.shape) == entry.shape, (name, data.shape, entry.shape)

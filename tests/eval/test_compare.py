@@ -117,13 +117,13 @@ def test_a_killed_run_goes_on_at_its_last_block(
 
     blocks: list[str] = []
 
-    def counted(plan: object, name: str, *rest: object) -> object:
+    def counted(plan: object, name: str, chains: object, **rest: object) -> object:
         blocks.append(name)
         if len(blocks) == 5:  # the second recipe's second block
             raise KeyboardInterrupt
-        return run_block(plan, name, *rest)  # type: ignore[arg-type]
+        return run_block(plan, name, chains, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("quant.compile.run_block", counted)
+    monkeypatch.setattr("quant.api.run_block", counted)
     assert run("rtn,gptq") == 130
     assert run("rtn,gptq", "--json", str(tmp_path / "found.json")) == 0
     assert [name[-1] for name in blocks] == ["0", "1", "2", "0", "1", "1", "2"]
