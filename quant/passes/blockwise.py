@@ -23,7 +23,7 @@ class Pass(BlockTuner):
 
     steps: int = Field(96, ge=1)
     windows: int = Field(1, ge=1)
-    codes: float = Field(0.02, ge=0)
+    codes: float = Field(0.015, ge=0)
     scales: float = Field(5e-3, ge=0)
     vectors: float = Field(1e-3, ge=0)
     same: float = Field(0.0, ge=0)

@@ -109,7 +109,8 @@ class Reconstruction:
     def __init__(self, block: PackedBlock, rates: Rates, same: float = 0.0) -> None:
         self.block, self.same = block, same
         self.layers: dict[str, Trained] = {
-            name: Latent(layer) if rates.codes else Trained(layer) for name, layer in block.layers.items()
+            name: Latent(layer, toward=block.weights[name]) if rates.codes else Trained(layer)
+            for name, layer in block.layers.items()
         }
         for name, layer in self.layers.items():
             block.put(name, layer)

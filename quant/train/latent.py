@@ -1,20 +1,20 @@
 """A trained linear whose codes follow a latent weight, straight through.
 
     V step:  codes <- nearest(latent step) in the tiles that may move,   latent <- (1 - decay) latent + decay W / step
-    dL/dlatent := step dL/dW                        latent: `steps`, [N, K], in steps of the grid; W / step at first
+    dL/dlatent := step dL/dW                                             latent: `steps`, [N, K], in steps of the grid
 
-W is the coded part of the weight, without a low-rank side path,
+W is the coded part of the weight, without a low-rank side path. At first the latent is W / step, or, where the float weight is
+known, leans from there to it as far as the code stays the nearest (`leaning`): GPTQ chose codes together, many of them not the
+nearest of their weights, and a training that starts at the float weights throws that choice away; from the middle of its cell a
+latent has half a step to the next code, which a short training does not go. Leaning keeps all codes, and those that were hard
+to choose move first. A latent is held between the lowest and the highest level of its grid: from an end it is as far to the
+next code as from anywhere else, and no weight is lost beyond it. A change of the scale alone changes no code.
 
-so every weight can change its code in a short training. A latent is held between the lowest and the highest level of its grid:
-from an end it is as far to the next code as from anywhere else, and no weight is lost beyond it. A change of the scale alone
-changes no code.
-
-tau = 1 is plain straight-through training. EfficientQAT (Chen et al., 2024) trains weights, scales and zero points of a block
-so, by Adam, from latents at the float weight. That throws away the choice of codes which GPTQ made together; a short training
-does not win it back. tau < 1 is PV-Tuning's limit (Malinovskii et al., 2024): only the share tau of a layer's tiles whose
-latent is furthest from what it is served as moves in one step, so that a large step stays within what its gradient says.
-decay = 0 is its latent mode, decay = 1 its direct mode, which forgets what did not move. A tile is what shares codes: one
-weight, or a vector of a codebook.
+tau = 1 is plain straight-through training, as EfficientQAT (Chen et al., 2024) trains weights, scales and zero points of a
+block, by Adam, from latents at the float weight. tau < 1 is PV-Tuning's limit (Malinovskii et al., 2024): only the share tau of
+a layer's tiles whose latent is furthest from what it is served as moves in one step, so that a large step stays within what its
+gradient says. decay = 0 is its latent mode, decay = 1 its direct mode, which forgets what did not move. A tile is what shares
+codes: one weight, or a vector of a codebook.
 """
 
 from __future__ import annotations
@@ -42,16 +42,23 @@ class Discrete:
 
 
 class Latent(Trained):
-    """In the place of a PackedLinear [N, K]; `settle` is the V step."""
+    """In the place of a PackedLinear [N, K]; `settle` is the V step.
 
-    def __init__(self, packed: PackedLinear, discrete: Discrete = Discrete()) -> None:
+    toward: the float weight [N, K], rotated as the codes are.
+    """
+
+    def __init__(self, packed: PackedLinear, discrete: Discrete = Discrete(), toward: Tensor | None = None) -> None:
         super().__init__(packed)
         self.discrete = discrete
         self.coded = self.format.inner
         step = self.spread(self.coded.steps(self.start))
         bounded = self.coded.tile == 1  # a codebook has no ends
         self.low, self.high = (self.end(step, sign) if bounded else None for sign in (-1.0, 1.0))
-        self.steps = nn.Parameter(self.coded.dequantize(Codes(self.codes, self.start)) / step)
+        coded = Codes(self.codes, self.start)
+        first = self.coded.dequantize(coded)
+        if toward is not None and bounded:
+            first = leaning(self.coded, coded, toward - (self.format.dequantize(coded) - first))
+        self.steps = nn.Parameter(first / step)
 
     def spread(self, step: Tensor) -> Tensor:
         """[N, K // G] -> [N, K]."""
@@ -85,6 +92,20 @@ class Latent(Trained):
         if self.discrete.decay:
             self.steps.lerp_(self.coded.dequantize(Codes(self.codes, params)) / step, self.discrete.decay)
         return moved
+
+
+HALVINGS = 6  # a weight that is further from its code than 2^6 cells leans nowhere
+
+
+def leaning(fmt: Format, codes: Codes, toward: Tensor) -> Tensor:
+    """From W of `codes` to `toward`, float32 [N, K], as far as halving the distance finds `codes` still the nearest."""
+    level = fmt.dequantize(codes)
+    gap = toward - level
+    for _ in range(HALVINGS):
+        kept = fmt.dequantize(Codes(fmt.project(level + gap, codes.params), codes.params)) == level
+        gap = torch.where(kept, gap, gap / 2)
+    kept = fmt.dequantize(Codes(fmt.project(level + gap, codes.params), codes.params)) == level
+    return torch.where(kept, level + gap, level)
 
 
 def discrete_step(fmt: Format, codes: Codes, latent: Tensor, limits: Discrete) -> tuple[Tensor, int]:

@@ -172,7 +172,7 @@ def small(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-QUICK = {"steps": 6, "held": 2, "codes": 0.1, "samples": 2}
+QUICK = {"steps": 6, "held": 2, "codes": 0.001, "samples": 2}
 
 
 def bytes_of(small: Path, tiny: ModuleType, out: Path, file: str) -> bytes:

@@ -60,6 +60,30 @@ def test_a_latent_gets_the_gradient_of_its_weight_in_steps(fmt: Format) -> None:
 
 
 @formats
+def test_a_latent_leans_to_its_float_weight_and_keeps_its_code(fmt: Format) -> None:
+    """As far as halving finds the code still the nearest: a weight that is nearest to its code anyway is its own latent."""
+    packed_as = made(fmt)
+    before = packed_as.weight(packed_as.codes).detach()
+    weight = before + 0.7 * packed_as.spread(fmt.steps(packed_as.start)) * gradient()
+    fields = PackedLinear.from_fields(packed_as.fields(), fmt, Unquantized(), N, K, None)
+    layer = Latent(fields, toward=weight)
+    start = (layer.steps * layer.spread(fmt.steps(layer.start))).detach()
+    assert layer.settle() == 0
+
+    def served(value: torch.Tensor) -> torch.Tensor:
+        return fmt.dequantize(Codes(fmt.project(value, layer.start), layer.start))
+
+    own = served(weight) == before
+    assert 0.1 < float(own.float().mean()) < 0.9
+    assert torch.allclose(start[own], weight[own], rtol=1e-5, atol=1e-7)
+    share = ((start - before) / (weight - before))[~own]
+    assert float(share.min()) > 0
+    assert float(share.max()) <= 0.5 + 1e-5
+    further = before + 2.001 * (start - before)
+    assert not (served(further) == before)[~own].any()
+
+
+@formats
 def test_codes_are_those_nearest_to_the_latents_and_scales_alone_move_none(fmt: Format) -> None:
     layer = made(fmt)
     layer.steps.data -= gradient()
