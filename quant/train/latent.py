@@ -56,7 +56,9 @@ class Latent(Trained):
         self.low, self.high = (self.end(step, sign) if bounded else None for sign in (-1.0, 1.0))
         coded = Codes(self.codes, self.start)
         first = self.coded.dequantize(coded)
-        if toward is not None and bounded:
+        if toward is not None and (
+            bounded or bool(self.coded.reach(coded).any())
+        ):  # not several books: too many sums to search
             first = leaning(self.coded, coded, toward - (self.format.dequantize(coded) - first))
         self.steps = nn.Parameter(first / step)
 
@@ -102,10 +104,15 @@ def leaning(fmt: Format, codes: Codes, toward: Tensor) -> Tensor:
     level = fmt.dequantize(codes)
     gap = toward - level
     for _ in range(HALVINGS):
-        kept = fmt.dequantize(Codes(fmt.project(level + gap, codes.params), codes.params)) == level
-        gap = torch.where(kept, gap, gap / 2)
-    kept = fmt.dequantize(Codes(fmt.project(level + gap, codes.params), codes.params)) == level
-    return torch.where(kept, level + gap, level)
+        gap = torch.where(stays(fmt, codes, level + gap), gap, gap / 2)
+    return torch.where(stays(fmt, codes, level + gap), level + gap, level)
+
+
+def stays(fmt: Format, codes: Codes, value: Tensor) -> Tensor:
+    """Whether codes are those nearest to their tile of `value` [N, K]: bool [N, K]."""
+    if fmt.tile == 1:
+        return fmt.dequantize(Codes(fmt.project(value, codes.params), codes.params)) == fmt.dequantize(codes)
+    return (fmt.nearer(value, codes) == codes.codes).all(-1).repeat_interleave(fmt.tile, 1)
 
 
 def discrete_step(fmt: Format, codes: Codes, latent: Tensor, limits: Discrete) -> tuple[Tensor, int]:

@@ -45,6 +45,24 @@ def test_nothing_moves_without_a_step(fmt: Codebook) -> None:
 
 
 @formats
+def test_latents_of_one_codebook_lean_to_their_float_weights(fmt: Codebook) -> None:
+    layer = made(fmt)
+    before, toward = weight(layer), weight(layer) + 0.02 * draw(1)
+    leaned = Latent(PackedLinear.from_fields(layer.fields(), fmt, Unquantized(), N, K, None), toward=toward)
+    start = (leaned.steps * leaned.spread(fmt.steps(leaned.start))).detach()
+    assert leaned.settle() == 0
+    if fmt.books > 1:
+        assert torch.allclose(start, before, rtol=1e-5)
+        return
+    own = (fmt.nearer(toward, Codes(layer.codes, layer.start)) == layer.codes).all(-1).repeat_interleave(fmt.group, 1)
+    assert 0.1 < float(own.float().mean()) < 0.9
+    assert torch.allclose(start[own], toward[own], rtol=1e-5, atol=1e-7)
+    share = ((start - before) / (toward - before))[~own]
+    assert float(share.min()) > 0
+    assert float(share.max()) < 0.51
+
+
+@formats
 def test_a_p_step_moves_codebooks_and_scales_by_their_gradients_and_no_code(fmt: Codebook) -> None:
     layer = made(fmt)
     layer.dense.grad = draw(1)

@@ -52,7 +52,7 @@ def test_it_is_the_training_of_one_run(start: Path, llama: Path, tiny: ModuleTyp
     assert [entry["steps"] for entry in json.loads((again / "report.json").read_text())["tuned"]] == [8, 4]
 
 
-BLOCKS = {"steps": 4, "held": 2, "codes": 0.2, "looks": 2}
+BLOCKS = {"steps": 4, "held": 2, "codes": 0.001, "looks": 2}
 
 
 def tensors(folder: Path, inside: str) -> dict[str, torch.Tensor]:
