@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from quant.kernels.format import Codes
 from quant.kernels.formats.codebook import Codebook
+from quant.kernels.nearest import sweep
 
 ENOUGH = 1e-8  # of the first residual's energy: what is left is rounding; two books have directions that change nothing
+PANEL = 128  # channels: fewer are more products with the whole slope, more a longer part of it to correct after every tile
 
 
 def loss(weight: Tensor, found: Tensor, gram: Tensor) -> float:
@@ -27,32 +30,22 @@ def loss(weight: Tensor, found: Tensor, gram: Tensor) -> float:
 def search_codes(weight: Tensor, gram: Tensor, codes: Tensor, books: Tensor, scale: Tensor) -> Tensor:
     """One sweep: codes uint8 [N, K // g, M] whose loss is no greater.
 
-    weight [N, K], gram [K, K], books [M, 256, g], scale [N, 1], float32. For a tile with block B of H, slope R = D H in it,
-    and a change d = s (C[c] - C[old]) the loss moves by d B d' - 2 R d'.
+    weight [N, K], gram [K, K], books [M, 256, g], scale [N, 1], float32. With R = D H, a change d of a row's vectors, in units
+    of its scale s, moves the loss by s^2 (d H d' - 2 (R / s) d'). What a panel of tiles has changed reaches the slope R / s of
+    the channels behind it in one product, as in blocked GPTQ.
     """
     count, _, group = books.shape
-    codes = codes.clone()
     fmt = Codebook(books=count, group=group)
     lost = weight - fmt.dequantize(Codes(codes, {"codebook": books, "weight_scale": scale}))
-    slope = lost @ gram
-    squared = scale.square()
-    for tile in range(codes.shape[1]):
-        at = slice(tile * group, (tile + 1) * group)
-        block = gram[at, at]
-        pulled = books @ block  # [M, 256, g]
-        size = (pulled * books).sum(-1)
-        here, moved = slope[:, at].clone(), torch.zeros_like(slope[:, at])
-        for m in range(count):
-            old = codes[:, tile, m].long()
-            # d B d' - 2 R d' up to a constant: s^2 (c B c' - 2 c B old') - 2 s R c'
-            score = squared * size[m] - 2 * (squared * pulled[m][old] + scale * here) @ books[m].T
-            new = score.argmin(1)
-            step = scale * (books[m][new] - books[m][old])
-            codes[:, tile, m] = new.to(torch.uint8)
-            here -= step @ block
-            moved += step
-        slope -= moved @ gram[at]
-    return codes
+    slope = torch.where(scale > 0, (lost @ gram).div_(scale), 0.0)
+    found, begin = [], 0
+    for tiles in torch.split(codes, max(1, PANEL // group), dim=1):
+        end = begin + tiles.shape[1] * group
+        changed, moved = sweep(slope[:, begin:end], tiles, books, gram[begin:end, begin:end])
+        slope[:, end:].addmm_(moved, gram[begin:end, end:], alpha=-1)
+        found.append(changed)
+        begin = end
+    return torch.cat(found, 1)
 
 
 def fit_books(weight: Tensor, gram: Tensor, codes: Tensor, books: Tensor, scale: Tensor, rounds: int) -> Tensor:
@@ -61,30 +54,26 @@ def fit_books(weight: Tensor, gram: Tensor, codes: Tensor, books: Tensor, scale:
     Entries are preconditioned by how much weight their tiles carry.
     """
     count, entries, group = books.shape
-    n, tiles, _ = codes.shape
-    places = codes.long() + torch.arange(count, device=codes.device) * entries  # [N, tiles, M] into [M * 256, g]
+    places = codes.long().flatten(0, 1) + torch.arange(count, device=codes.device) * entries  # [T, M] into [M * 256, g]
 
     def spread(values: Tensor) -> Tensor:
-        return values.view(-1, group)[places].sum(2).view(n, tiles * group) * scale
+        return embedding_bag(places, values.view(-1, group), mode="sum").view(weight.shape) * scale
 
     def gather(matrix: Tensor) -> Tensor:
-        parts = (matrix * scale).view(n, tiles, 1, group).expand(-1, -1, count, -1).reshape(-1, group)
         out = torch.zeros(count * entries, group, dtype=matrix.dtype, device=matrix.device)
-        return out.index_add_(0, places.reshape(-1), parts).view_as(books)
+        for column in places.unbind(1):
+            out.index_add_(0, column, matrix.view(-1, group))
+        return out.view_as(books)
 
-    weigh = (gram.diagonal().view(1, tiles, group) * scale.square().unsqueeze(1)).expand(n, -1, -1)
-    pull = torch.zeros(count * entries, group, dtype=gram.dtype, device=gram.device)
-    for m in range(count):
-        pull.index_add_(0, places[..., m].reshape(-1), weigh.reshape(-1, group))
-    pull = pull.view_as(books)
+    pull = gather(gram.diagonal() * scale.square())
     inverse = torch.where(pull > 0, 1 / pull.clamp_min(1e-30), 0.0)
     found = books.clone()
-    rest = gather((weight - spread(found)) @ gram)
+    rest = gather((weight - spread(found)) @ gram * scale)
     ready = inverse * rest
     way, energy = ready.clone(), (rest * ready).sum()
     enough = ENOUGH * float(energy)
     for _ in range(rounds):
-        seen = gather(spread(way) @ gram)
+        seen = gather(spread(way) @ gram * scale)
         size = (way * seen).sum()
         if float(size) <= 0 or float(energy) <= enough:
             break

@@ -33,6 +33,8 @@ _SIGNATURES = {
     "lowbit_codebook": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _I, _P),
     "lowbit_fp_shift": (_P, _I, _P, _P, _P, _L, _L, *(ctypes.c_float, _I, *[ctypes.c_float] * 3, _L, ctypes.c_float)),
     "lowbit_rotate": (_P, _I, _P, _L, _L, _L, ctypes.c_float),
+    "lowbit_nearest": (_P, _P, _P, _P, _L, _I, _I),
+    "lowbit_sweep": (_P, _P, _P, _P, _P, _P, _L, _L, _I, _I, _I),
     "lowbit_fp4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _P),
     "lowbit_read": (_P, _L),
     "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),

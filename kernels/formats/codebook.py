@@ -15,12 +15,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from quant.kernels.format import Codes, Field, Fields, Format, register
+from quant.kernels.nearest import nearest
 
 ENTRIES = 256  # of a codebook: one byte per code
 ROUNDS = 12  # of k-means for codes without data
-TILES = 16384  # searched at a time; k-means sees no more
+TILES = 16384  # a beam search sees at a time, and k-means in all
 SEED = 0
 TINY = 1e-30
 
@@ -64,7 +66,7 @@ class Codebook(Format):
     def dequantize(self, codes: Codes) -> Tensor:
         n, tiles, _ = codes.codes.shape
         books = codes.params["codebook"].float()
-        parts = [books[m][codes.codes[..., m].long()] for m in range(self.books)]
+        parts = [embedding(codes.codes[..., m].int(), books[m]) for m in range(self.books)]
         return sum(parts[1:], parts[0]).view(n, tiles * self.group) * codes.params["weight_scale"].float()
 
     def steps(self, params: Mapping[str, Tensor]) -> Tensor:
@@ -116,9 +118,7 @@ class Codebook(Format):
 
 def nearest_entries(target: Tensor, book: Tensor) -> Tensor:
     """uint8 [T]: the entry of float32 [256, g] nearest to each of float32 [T, g]."""
-    size = book.square().sum(1) / 2
-    parts = [(size - rows @ book.T).argmin(1).to(torch.uint8) for rows in torch.split(target, TILES)]
-    return torch.cat(parts)
+    return nearest(target, book, book.square().sum(1) / 2)
 
 
 def k_means(points: Tensor, entries: int, rounds: int, seed: int) -> Tensor:

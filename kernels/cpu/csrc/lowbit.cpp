@@ -1,6 +1,7 @@
 // The plain C interface, and the choice of instruction set at run time.
 #include "attention.h"
 #include "lowbit.h"
+#include "nearest_api.h"
 #include "pointwise_api.h"
 #if defined(_OPENMP)
 #include <omp.h>
@@ -79,6 +80,16 @@ PointwiseTable pointwise_of(Isa isa) {
     return {portable_norm, portable_activate};
 }
 
+SearchTable search_of(Isa isa) {
+#if defined(__x86_64__)
+    if (isa >= kAvx512) return {avx512_nearest, avx512_sweep};
+    if (isa >= kAvx2) return {avx2_nearest, avx2_sweep};
+#endif
+    (void)isa;
+    return {portable_nearest, portable_sweep};
+}
+
+SearchTable search = {portable_nearest, portable_sweep};
 PointwiseTable pointwise = {portable_norm, portable_activate};
 AttentionTable attention = {portable_attend, portable_append};
 KernelTable table = table_of(kPortable);
@@ -100,6 +111,7 @@ int lowbit_select(int isa) {
     table = table_of((Isa)isa);
     attention = attention_of((Isa)isa);
     pointwise = pointwise_of((Isa)isa);
+    search = search_of((Isa)isa);
     return 0;
 }
 
@@ -232,6 +244,18 @@ void lowbit_append(const void* k, const void* v, void* k_cache, void* v_cache, v
     const int64_t* s = sizes;
     attention.append({k, v, k_cache, v_cache, (float*)k_scale, (float*)v_scale, (const float*)k_channel, {s[5], s[6], s[7]},
                       {s[8], s[9], s[10]}, s[0], s[1], s[2], s[3], s[4], start, (DType)dtype});
+}
+
+// Pointers and sizes as in Nearest.
+void lowbit_nearest(const void* target, const void* book, const void* size, void* codes, int64_t count, int entries, int length) {
+    search.nearest({(const float*)target, (const float*)book, (const float*)size, (uint8_t*)codes, count, entries, length});
+}
+
+// Pointers and sizes as in Sweep.
+void lowbit_sweep(const void* slope, void* codes, const void* book, const void* size, const void* block, void* moved, int64_t rows,
+                  int64_t tiles, int books, int entries, int length) {
+    search.sweep({(const float*)slope, (uint8_t*)codes, (const float*)book, (const float*)size, (const float*)block, (float*)moved,
+                  rows, tiles, books, entries, length});
 }
 
 // y = norm(x) of each row [K] of x [M, K]; bias may be null. centered: layer norm, else root mean square norm.
