@@ -37,5 +37,5 @@ def layer_of(spec: MatmulSpec, x: torch.dtype, bias: torch.dtype | None) -> Laye
             return fp4.layer_of(spec.n, spec.k, fmt.kind, fp4.tokens_as(spec.activation, x), vector)
         if name == fp_channel.GpuFpChannel.name and isinstance(fmt, FpChannel):
             tokens = fp_channel.tokens_as(spec.activation, x)
-            return fp_channel.layer_of(spec.n, spec.k, fmt.group, tokens, vector, spec.activation.name != "none")
+            return fp_channel.layer_of(spec.n, spec.k, fmt.bits, fmt.group, tokens, vector, spec.activation.name != "none")
     return "; ".join(f"{name} {reason}" for name, reason in reasons.items())

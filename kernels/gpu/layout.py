@@ -70,6 +70,16 @@ POLICIES = {
         Policy(
             name="float4", module="float4", bits=4, planes=1, fields=NIBBLES, mixed=True, blockings=((64, 1), (32, 1), (16, 1))
         ),
+        Policy(
+            name="float8",
+            module="float8",
+            bits=8,
+            planes=1,
+            fields=BYTES,
+            mixed=True,
+            scale_on_sum=False,
+            blockings=((128, 1),),
+        ),
         Policy(name="int8", bits=8, planes=1, fields=BYTES, blockings=((128, 1), (64, 1), (32, 1))),
     )
 }

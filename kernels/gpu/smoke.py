@@ -59,8 +59,8 @@ def cases() -> Iterator[Case]:
         for kind in ("mxfp4", "nvfp4"):
             for activation in (Unquantized(), from_config(kind)):
                 yield Case(n=n, k=k, format=Fp4Block(kind=kind), activation=activation)
-        for length in (group, -1):
-            yield Case(n=n, k=k, format=FpChannel(group=length), activation=Unquantized())
+        for channels in (FpChannel(group=group), FpChannel(), FpChannel(bits=8)):
+            yield Case(n=n, k=k, format=channels, activation=Unquantized())
         for bits in (2, 3, 4, 8):
             for length in (group, -1):
                 fmt = IntGroup(bits=bits, group=length, symmetric=length == -1)

@@ -2,7 +2,8 @@
 
 The first variant of a policy is searched; its winners are compiled for the other variants, each checked like the first. Where
 a variant has no winner left for a number of tokens, it is searched itself. Architectures of one kind share the search: 8.9
-starts from the winners of 8.0, 10.0 from those of 9.0. For 9.0 the tiles that an H200 found fastest come first (TIMED).
+starts from the winners of 8.0, 10.0 from those of 9.0. For 9.0 the tiles that an H200 found fastest come first (TIMED); float8
+was not timed.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def rounds(variant: Variant, bucket: int | None) -> Iterator[list[Tile]]:
     of a short group always on the weights."""
     policy = POLICIES[variant.policy]
     on_sum = not policy.integer and policy.scale_on_sum and (bucket is not None or variant.compute == "fp32")
-    by_bucket = ROUNDS if policy.scale_on_sum else SCALED_ROUNDS
+    by_bucket = ROUNDS if policy.scale_on_sum or variant.slice > 16 else SCALED_ROUNDS
     for shapes in FLOAT32_ROUNDS if variant.compute == "fp32" else by_bucket[bucket]:
         yield [
             Tile(max_m=bucket, bm=bm, bn=bn, warps=warps, stages=stages, swap=first == "w", on_sum=on_sum)
@@ -147,7 +148,7 @@ def tables(arch: int, policy: str, recount: bool = False) -> dict[str, list[dict
         for bucket in BUCKETS:
             kind = (variant.compute == "fp32", bucket)
             seeds = [tile_of(row) for row in relative.get(variant.key, ()) if row["max_m"] == bucket]
-            if arch == TIMED_ARCH and not recount:
+            if arch == TIMED_ARCH and policy in TIMED and not recount:
                 seeds = timed(variant, bucket)
             found = sound(arch, variant, seeds or searched.get(kind, ()))
             if not found:

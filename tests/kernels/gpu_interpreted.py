@@ -198,44 +198,54 @@ def test_four_bit_floats(kind, n, k):
         assert relative(y, x.double() @ weight.t()) < ROUNDING[dtype], (m, dtype, shape)
 
 
-def channel_layer(n: int, k: int, group: int, exponents: int) -> tuple[FpChannel, Codes]:
+def channel_layer(n: int, k: int, group: int, exponents: int, bits: int = 4) -> tuple[FpChannel, Codes]:
     """Every code, under scales of very different sizes."""
-    fmt = FpChannel(group=group)
+    fmt = FpChannel(bits=bits, group=group)
     generator = torch.Generator().manual_seed(n + k + exponents)
-    scale = torch.exp2(torch.rand(n, fmt.groups(k), generator=generator) * 12 - 8).to(fmt.scale_dtype)
+    size = torch.exp2(torch.rand(n, fmt.groups(k), generator=generator) * 12 - 6)  # of the largest weight
+    scale = (size / fmt.kind(exponents).largest).to(fmt.scale_dtype)
     params = fmt.params(scale, exponents)
-    return fmt, Codes(torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8), params)
+    return fmt, Codes(torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8), params)
 
 
-@pytest.mark.parametrize("exponents", [1, 2, 3])
-@pytest.mark.parametrize(("n", "k", "group"), [(72, 416, 32), (130, 192, 64), (33, 672, 96), (40, 208, -1), (72, 384, 128)])
-def test_searched_floats(n, k, group, exponents):
+FLOATS = [
+    (4, e, *size) for e in (1, 2, 3) for size in ((72, 416, 32), (130, 192, 64), (33, 672, 96), (40, 208, -1), (72, 384, 128))
+]
+FLOATS += [(8, e, n, 208, -1) for e, n in ((1, 72), (2, 40), (3, 130), (4, 33), (5, 40))]
+
+
+@pytest.mark.parametrize(("bits", "exponents", "n", "k", "group"), FLOATS)
+def test_searched_floats(bits, exponents, n, k, group):
     """fp_channel against float64, tails of M, N and K."""
-    fmt, codes = channel_layer(n, k, group, exponents)
+    fmt, codes = channel_layer(n, k, group, exponents, bits)
     weight = fmt.dequantize(codes).double()
     prepared = fp_channel.to_device_layout(fmt.pack(codes), fmt, n, k)
     tensors = dict(zip(("weight", "words", "row_scale"), prepared, strict=True))
     for m, dtype, shape, splits in [
-        (1, torch.float32, tile(16, 128, on_sum=True), 2),
-        (17, torch.bfloat16, tile(32, 128, swap=True, on_sum=True), 1),
+        (1, torch.float32, tile(16, 128, on_sum=bits == 4), 2),
+        (17, torch.bfloat16, tile(32, 128, swap=True, on_sum=bits == 4), 1),
         (17, torch.float16, tile(32, 128), 1),
         (3, torch.bfloat16, None, 1),
     ]:
         x = random_tokens(m, k, dtype)
         y = torch.empty(m, n, dtype=dtype)
         out = y.view(torch.int16) if dtype == torch.bfloat16 else y
-        layer = fp_channel.layer_of(n, k, group, dtype, None, False)
+        layer = fp_channel.layer_of(n, k, bits, group, dtype, None, False)
         run(launches(layer, shape, splits), {"x": x, "y": out, **tensors}, m)
         limit = ROUNDING[dtype] if shape is not None else 2 * ROUNDING[dtype]  # each weight is rounded, then the sum
         assert relative(y, x.double() @ weight.t()) < limit, (m, dtype, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", [FpShift(), FpShift(bits=4, dynamic=True, group=16)], ids=str)
-def test_searched_tokens(activation, dtype):
+@pytest.mark.parametrize(
+    ("bits", "group", "activation"),
+    [(4, 96, FpShift()), (4, 96, FpShift(bits=4, dynamic=True, group=16)), (8, -1, FpShift(dynamic=True))],
+    ids=str,
+)
+def test_searched_tokens(bits, group, activation, dtype):
     """Tokens of fp_shift: multiplied without their scale, which joins the sums before they are rounded."""
     n, k, m = 40, 288, 5
-    fmt, codes = channel_layer(n, k, 96, 2)
+    fmt, codes = channel_layer(n, k, group, 2, bits)
     generator = torch.Generator().manual_seed(4)
     x = (torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m).unsqueeze(1)).to(dtype)
     shift = torch.randint(0, 4, (k,), generator=generator)
@@ -246,7 +256,7 @@ def test_searched_tokens(activation, dtype):
     prepared = fp_channel.to_device_layout(fmt.pack(codes), fmt, n, k)
     tensors = dict(zip(("weight", "words", "row_scale"), prepared, strict=True))
     tensors["x_scale"] = scale.reshape(-1).expand(m).contiguous()
-    y = launch.matmul(fp_channel.layer_of(n, k, 96, tokens.dtype, None, True), tokens, None, tensors, FACTS)
+    y = launch.matmul(fp_channel.layer_of(n, k, bits, group, tokens.dtype, None, True), tokens, None, tensors, FACTS)
     assert relative(y, activation.quantize(x, inputs).double() @ fmt.dequantize(codes).double().t()) < ROUNDING[y.dtype]
 
 

@@ -33,6 +33,7 @@ BARS = {
     "e2m1/16/2/bf16": (2.6, 2.6),
     "float4/64/1/fp16": (3.3, 3.3),
     "float4/64/1/bf16": (3.3, 3.5),
+    "float8/128/1/bf16": (2.9, 2.9),
 }
 
 
@@ -78,6 +79,7 @@ SAMPLE = [
     (80, "e2m1/16/2/bf16"),
     (100, "e2m1/16/1/fp16"),
     (89, "float4/32/1/bf16"),
+    (90, "float8/128/1/bf16"),
 ]
 
 
@@ -169,6 +171,7 @@ def test_quantization_is_compiled_without_fused_multiply_add(dtype):
         "e2m1/16/1/bf16",
         "e2m1/16/2/fp16",
         "float4/64/1/bf16",
+        "float8/128/1/bf16",
     ],
 )
 def test_the_twins_compile_for_amd(key):

@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton", reason="the fragments are part of Triton programs")
 
 from quant.kernels.gpu import fp4, ptx
-from quant.kernels.gpu.jit import e2m1, float4, fragments
+from quant.kernels.gpu.jit import e2m1, float4, float8, fragments
 from quant.kernels.gpu.layout import POLICIES, spread_zero
-from quant.kernels.minifloat import E2M1, Minifloat
+from quant.kernels.minifloat import E2M1, EXPONENTS, Minifloat
 
 
 def packed_cases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -168,6 +168,18 @@ def test_searched_floats_read_as_their_values(kind, exponents):
         for j in (0, 1):
             got = halves(out[2 * i + j], dtype) * float4.unfold(kind)
             assert torch.equal(got, number.decode(codes[[j, j + 2]]).double() * 2.0 ** (number.bias - 1)), (i, j)
+
+
+@pytest.mark.parametrize("exponents", EXPONENTS[8])
+def test_eight_bit_floats_read_as_their_values(exponents):
+    """Every code in every place of a word: value * 2^(b - 16) once multiplied by UNFOLD, which float16 holds as well."""
+    number, word, shift = Minifloat(exponents, 7 - exponents), every_byte(), torch.tensor(exponents)
+    out = ptx.run(float8.CODES.value, [word, *[shift] * 4, *[8 - shift] * 4], 2)
+    for j in (0, 1):
+        got = halves(out[j], torch.bfloat16) * float8.UNFOLD.value
+        assert torch.equal(got, number.decode(lanes(word)[[j, j + 2]]).double() * 2.0 ** (number.bias - 16)), j
+        assert torch.equal(got.bfloat16().double(), got)
+        assert torch.equal(got.half().double(), got)
 
 
 def test_both_sides_agree_where_the_bits_are():

@@ -33,7 +33,7 @@ from quant.kernels.gpu.layout import POLICIES, WIDEST, from_words, pack_weight, 
 from quant.kernels.gpu.plan import DENSE_ROWS, DENSE_TOKENS, Layer, plan
 from quant.kernels.gpu.w8a8 import DIVISOR, GpuW8A8, gpu_w8a8
 from quant.kernels.gpu.wna16 import GpuWnA16, gpu_wna16
-from quant.kernels.minifloat import E2M1
+from quant.kernels.minifloat import E2M1, EXPONENTS
 
 KERNEL = GpuA8W4()
 INT8, FLOAT = Int8Token(), Unquantized()
@@ -44,7 +44,9 @@ def spec(group: int = 64, n: int = 48, k: int = 192, device: str = "cuda", activ
     return MatmulSpec(n=n, k=k, format=Int4Dual(group=group), activation=activation, device=device)
 
 
-def int_spec(fmt: IntGroup, n: int = 48, k: int = 192, activation: Activation = FLOAT, device: str = "cuda") -> MatmulSpec:
+def int_spec(
+    fmt: IntGroup | FpChannel, n: int = 48, k: int = 192, activation: Activation = FLOAT, device: str = "cuda"
+) -> MatmulSpec:
     return MatmulSpec(n=n, k=k, format=fmt, activation=activation, device=device)
 
 
@@ -149,13 +151,18 @@ def test_four_bit_tensor_cores_keep_the_stored_bytes(monkeypatch, activation):
     assert "tokens with" in (GpuFp4Native().refuses(fp4_spec(activation.name)) or "")
 
 
-@pytest.mark.parametrize("exponents", [1, 2, 3])
-@pytest.mark.parametrize(("n", "k", "group"), [(33, 384, 128), (7, 576, 96), (20, 320, 64), (9, 200, -1)])
-def test_restore_is_the_inverse_of_prepare_for_fp_channel(n, k, group, exponents):
+CHANNELS = [(4, e, *size) for e in EXPONENTS[4] for size in ((33, 384, 128), (7, 576, 96), (20, 320, 64), (9, 200, -1))]
+CHANNELS += [(8, e, 9, 200, -1) for e in EXPONENTS[8]]
+
+
+@pytest.mark.parametrize(("bits", "exponents", "n", "k", "group"), CHANNELS)
+def test_restore_is_the_inverse_of_prepare_for_fp_channel(bits, exponents, n, k, group):
     generator = torch.Generator().manual_seed(n + k)
-    fmt, tokens = FpChannel(group=group), FpShift()
+    fmt, tokens = FpChannel(bits=bits, group=group), FpShift()
     scale = torch.rand(n, fmt.groups(k), generator=generator).to(fmt.scale_dtype) + 0.01
-    fields = fmt.pack(Codes(torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8), fmt.params(scale, exponents)))
+    fields = fmt.pack(
+        Codes(torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8), fmt.params(scale, exponents))
+    )
     s = MatmulSpec(n=n, k=k, format=fmt, activation=FLOAT, device="cuda")
     assert_restored(GpuFpChannel(), fields, s)
     picked = torch.tensor([5, 3, 3])
@@ -253,6 +260,8 @@ def test_a_group_that_leaves_a_byte_is_an_error(dual_layer):
         (GpuCodebook(), codebook_spec(group=6), "power of two, not 6"),
         (GpuCodebook(), codebook_spec(activation=Int8Token()), "float tokens"),
         (GpuCodebook(), spec(), "codebook, not int4_dual"),
+        (GpuFpChannel(), int_spec(FpChannel(bits=8, group=64)), "one scale per row, not groups of 64"),
+        (GpuFpChannel(), int_spec(FpChannel(), activation=Int8Token()), "float tokens or those of fp_shift"),
         (GpuW8A8(), int_spec(W8, activation=Int8Token(), device="cpu"), "runs on cuda, not on cpu"),
         (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation=Int8Token()), "symmetric"),
         (GpuW8A8(), int_spec(W8), "int8_token"),
