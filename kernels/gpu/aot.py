@@ -74,29 +74,31 @@ def compile_program(program: Program, arch: int | str) -> Binary:
 
 
 def packs_along_k(ttgir: str, swap: bool) -> bool:
-    """Whether inline assembly sees four neighbours along K (dimension 1 when swapped, else 0) in one 32-bit word.
+    """Whether inline assembly sees neighbours along K (dimension 1 when swapped, else 0) in one 32-bit word: four bytes, or two
+    16-bit integers.
 
     The fragments are proven on words; this is the missing link, that Triton fills a word along K and not along N, where the
     parameters differ. True for code without inline assembly.
     """
     k = 1 if swap else 0
     for step in (line for line in ttgir.splitlines() if "tt.elementwise_inline_asm" in line):
-        layouts = re.findall(r"tensor<\d+x\d+xi8, (#ttg\.dot_op<\{.*?\}>|#\w+)>", step)
+        layouts = re.findall(r"tensor<\d+x\d+xi(8|16), (#ttg\.dot_op<\{.*?\}>|#\w+)>", step)
         if not layouts:  # Triton's own, on floats
             continue
-        layout = layouts[-1]
+        bits, layout = layouts[-1]
+        pack = 32 // int(bits)
         if fragment := re.search(r"opIdx = (\d).*kWidth = (\d+)", layout):
-            good = int(fragment[1]) == 1 - k and int(fragment[2]) % 4 == 0
+            good = int(fragment[1]) == 1 - k and int(fragment[2]) % pack == 0
         else:
             definition = re.search(rf"^{layout} = (.*)$", ttgir, re.M)
             assert definition, layout
             if registers := re.search(r"register = \[\[(\d+), (\d+)\], \[(\d+), (\d+)\]", definition[1]):
                 numbers = [int(x) for x in registers.groups()]
-                good = (numbers[k], numbers[2 + k], numbers[1 - k], numbers[3 - k]) == (1, 2, 0, 0)
+                good = (numbers[k], numbers[1 - k]) == (1, 0) and (pack == 2 or (numbers[2 + k], numbers[3 - k]) == (2, 0))
             else:
                 size = re.search(r"sizePerThread = \[(\d+), (\d+)\].*order = \[(\d)", definition[1])
                 assert size, definition[1]
-                good = int(size[1 + k]) % 4 == 0 and int(size[3]) == k
+                good = int(size[1 + k]) % pack == 0 and int(size[3]) == k
         if not good:
             return False
     return True
@@ -180,6 +182,7 @@ def source_hash(policy: str) -> str:
         "activation",
         "codebook",
         "dense",
+        "dual",
         "fp4_native",
     }
     for path in sorted((Path(__file__).parent / "jit").glob("*.py")):

@@ -26,10 +26,10 @@ from quant.kernels.gpu.plan import (
     DENSE_TOKENS,
     NO_TOKENS,
     POINTER,
-    TOKEN_ALIGNMENT,
     Arguments,
     combine_step,
     output,
+    padded,
     program,
     stride,
 )
@@ -44,11 +44,6 @@ def weight_arguments(x: str) -> Arguments:
     """The book is read as it is multiplied."""
     rounded = x == "bfloat16"
     return [("code_ptr", "*u8", "codes"), ("book_ptr", "*bf16" if rounded else "*fp16", "rounded" if rounded else "book")]
-
-
-def padded(k: int) -> int:
-    """Elements of a row of the tokens: a multiple of what loads 16 bytes at a time."""
-    return -(-k // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
 
 @functools.lru_cache(1024)

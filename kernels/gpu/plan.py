@@ -21,6 +21,11 @@ NO_TOKENS = 1 << 30  # rows of a grid that does not depend on the tokens
 TOKEN_ALIGNMENT = 16  # elements: rows of float tokens are padded to it, so that they load 16 bytes at a time
 
 
+def padded(k: int) -> int:
+    """Elements of a row of float tokens of `k` features."""
+    return -(-k // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """One packed linear as the GPU kernels see it; all that the programs depend on, the tokens' number apart."""
@@ -50,7 +55,7 @@ class Layer:
         """Elements of a row of the tokens that the GEMM reads: codes of whole blocks, or the float tokens padded with zeros."""
         if POLICIES[self.policy].integer:
             return self.blocks * self.variant.block
-        return -(-self.k // TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
+        return padded(self.k)
 
 
 Arguments = list[tuple[str, str, str | int]]  # (name, Triton type, tensor or number)

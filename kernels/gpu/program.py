@@ -76,11 +76,12 @@ Launch = Callable[[Step, Mapping[str, Tensor | int], int], None]  # step, its ar
 @functools.cache
 def function(name: str) -> Any:
     """The Triton function of a program."""
-    from quant.kernels.gpu.jit import activation, codebook, dense, fp4_native, gemm
+    from quant.kernels.gpu.jit import activation, codebook, dense, dual, fp4_native, gemm
 
     known = {"gemm": gemm.gemm, "combine": gemm.combine, "quantize": activation.quantize_rows, "dequantize": dense.dequantize}
     known |= {"fp4_tokens": fp4_native.fp4_tokens, "fp4_gemm": fp4_native.fp4_gemm}
     known |= {"codebook_gemm": codebook.codebook_gemm, "codebook_dense": codebook.codebook_dense}
+    known |= {"dual_gemm": dual.dual_gemm, "dual_dense": dual.dual_dense}
     return known[name]
 
 

@@ -12,11 +12,12 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Codes
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.codebook import ENTRIES, Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int_group import IntGroup, unpack_bits
-from quant.kernels.gpu import a8w4, codebook, fp4, fp4_native, fp_channel, launch, w8a8, wna16
+from quant.kernels.gpu import a8w4, codebook, dual, fp4, fp4_native, fp_channel, launch, w8a8, wna16
 from quant.kernels.gpu.jit.activation import quantize_rows, tl, triton
 from quant.kernels.gpu.jit.gemm import bfloat16_bits
 from quant.kernels.gpu.plan import DENSE_TOKENS, Layer, dense_plan, plan_with
@@ -453,3 +454,33 @@ def test_codebook_products(books, group, m, n, k, processors, splits):
         y = codebook.multiply(x, *prepared, bias, processors)
         assert relative(y, x.double() @ weight.t() + bias.double()) < ROUNDING[dtype], dtype
     assert codebook.parts(m, n, k, processors)[1] == splits
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype", "m", "n", "k", "processors", "splits"),
+    [
+        (64, torch.float16, 1, 72, 576, 9, 2),
+        (64, torch.bfloat16, 17, 72, 192, 1, 1),
+        (128, torch.float16, 64, 72, 128, 1, 1),
+        (64, torch.float32, 9, 72, 64, 1, 1),
+        (96, torch.bfloat16, 16, 300, 96, 1, 1),
+        (-1, torch.float32, 3, 72, 104, 1, 1),
+        (-1, torch.bfloat16, 3, 72, 201, 1, 1),
+        (64, torch.float16, DENSE_TOKENS, 72, 128, 1, 1),
+        (-1, torch.bfloat16, DENSE_TOKENS, 40, 201, 1, 1),
+    ],
+)
+def test_two_planes(group, dtype, m, n, k, processors, splits):
+    """Against float64: tails of M, N and K, one part of K and two, many tokens with a dense weight."""
+    generator = torch.Generator().manual_seed(n + m)
+    fmt = BinaryDual(group=group)
+    scale = torch.randn(n, fmt.groups(k), 2, generator=generator).to(fmt.scale_dtype)
+    codes = torch.randint(0, 4, (n, k), generator=generator, dtype=torch.uint8)
+    fields = fmt.pack(Codes(codes, {"weight_scale": scale}))
+    spec = MatmulSpec(n=n, k=k, format=fmt, activation=Unquantized(), device="cuda")
+    prepared = dual.GpuDual().prepare(fields, spec)
+    weight, bias = fmt.dequantize(fmt.unpack(fields, n, k)).double(), torch.randn(n, generator=generator)
+    x = random_tokens(m, k, dtype)
+    y = dual.multiply(x, *prepared, bias, group, processors)
+    assert relative(y, x.double() @ weight.t() + bias.double()) < ROUNDING[dtype]
+    assert dual.parts(m, n, k, group, launch.dtype_name(dtype), processors)[1] == splits

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="ahead-of-time compilation needs triton")
 
 import triton
 
-from quant.kernels.gpu import aot, codebook, fp4_native, model, sass
+from quant.kernels.gpu import aot, codebook, dual, fp4_native, model, sass
 from quant.kernels.gpu.layout import POLICIES
 from quant.kernels.gpu.plan import Layer, dense_plan, plan, plan_with
 from quant.kernels.gpu.tiles import ARCHITECTURES, BUCKETS, read_table, tile_of
@@ -144,6 +144,28 @@ def test_ragged_split_and_dense_codebooks_compile():
     odd = (97, 1000, 1, 4, "float16")
     for step in (*codebook.plan(*odd, "float32", 64, 2).steps, *codebook.dense_plan(*odd).steps):
         assert sass.spills(sass.disassemble(aot.compile_program(step.program, 100).code)[0]) == 0, step.program.name
+
+
+# ALU instructions per weight: those on integers, and with those on the sums, two multiply-adds for each token and group of 64
+@pytest.mark.parametrize(("arch", "x"), [(80, "bfloat16"), (90, "float16")])
+def test_planes_of_bits_are_operands_where_they_lie(arch, x):
+    """Both planes of a weight for 1.2 integer instructions, 16 tokens; words of two neighbours along K, no spills."""
+    program = dual.plan(4096, 4096, 64, x, None, 16, 1).steps[0].program
+    built = aot.compile_program(program, arch)
+    weights = dual.ROWS * dual.BU * 64
+    counts = sass.count(built.code, weights=2 * weights, tokens=16, warps=program.warps)  # as the MMAs see them
+    assert counts.spills == 0
+    assert counts.pipes["int"] * 32 * program.warps / weights <= 1.2
+    assert counts.alu * 32 * program.warps / weights <= 1.85
+    assert counts.mma * 16 * 8 * 16 * program.warps == (2 * weights + (x == "bfloat16") * dual.BU * 64) * 16
+    assert counts.loads["128"] >= dual.BU * 64 // (8 * 32 * program.warps)
+    assert aot.packs_along_k(built.ttgir, swap=True)
+
+
+def test_ragged_split_and_dense_planes_compile():
+    odd = (97, 1000, -1, "float32")
+    for step in (dual.plan(*odd, "float32", 8, 2).steps[0], *dual.dense_plan(97, 1000, -1, "bfloat16").steps):
+        assert sass.spills(sass.disassemble(aot.compile_program(step.program, 90).code)[0]) == 0, step.program.name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="the fragments are part of Triton programs")
 
-from quant.kernels.gpu import fp4, ptx
+from quant.kernels.gpu import dual, fp4, ptx
+from quant.kernels.gpu.jit import dual as dual_jit
 from quant.kernels.gpu.jit import e2m1, float4, float8, fragments
 from quant.kernels.gpu.layout import POLICIES, spread_zero
 from quant.kernels.minifloat import E2M1, EXPONENTS, Minifloat
@@ -182,8 +183,25 @@ def test_eight_bit_floats_read_as_their_values(exponents):
         assert torch.equal(got.half().double(), got)
 
 
+@pytest.mark.parametrize("kind", ["FP16", "BF16"])
+def test_planes_of_bits_become_two_floats(kind):
+    """Every int16 in both halves of a word, the other one mixed: LOW where the layout has a 0, LOW + STEP where it has a 1."""
+    dtype, steps = (torch.float16 if kind == "FP16" else torch.bfloat16), getattr(dual_jit, f"STEP_{kind}").value
+    half = torch.arange(2**16)
+    mixed = half * 40503 & 0xFFFF
+    word = torch.cat([mixed << 16 | half, half << 16 | mixed])
+    out = ptx.run(getattr(dual_jit, f"PLANES_{kind}").value, [word], 16)
+    for plane in (0, 1):
+        for row, step in enumerate(steps):
+            bit = torch.stack([word, word >> 16]) >> dual.bit_of(row, plane) & 1
+            low = dual_jit.LOW if kind == "BF16" and row < dual_jit.LIFTED.value else 0.0
+            got = halves(out[8 * plane + row], dtype)
+            assert ((got - low) / step - bit).abs().max() <= 2**-32, row
+
+
 def test_both_sides_agree_where_the_bits_are():
     assert e2m1.PLACES.value == fp4.PLACES
+    assert (dual_jit.ROWS.value, dual_jit.UNIT.value, dual_jit.FIRST_BIT.value) == (dual.ROWS, dual.UNIT, dual.FIRST_BIT)
 
 
 def test_unknown_opcodes_do_not_pass():

@@ -17,6 +17,7 @@ from quant.kernels.activations.none import Unquantized
 from quant.kernels.activations.nvfp4 import NvFp4
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Codes
+from quant.kernels.formats.binary_dual import BinaryDual
 from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
@@ -25,6 +26,7 @@ from quant.kernels.formats.int_group import IntGroup
 from quant.kernels.gpu import launch, tiles
 from quant.kernels.gpu.a8w4 import GpuA8W4, gpu_a8w4
 from quant.kernels.gpu.codebook import GpuCodebook, gpu_codebook
+from quant.kernels.gpu.dual import GpuDual, gpu_dual
 from quant.kernels.gpu.fp4 import GpuFp4, gpu_fp4
 from quant.kernels.gpu.fp4_native import GpuFp4Native
 from quant.kernels.gpu.fp_channel import GpuFpChannel
@@ -60,6 +62,17 @@ def int_codes(fmt: IntGroup, n: int, k: int) -> Codes:
 
 def codebook_spec(group: int = 4, activation: Activation = FLOAT, device: str = "cuda") -> MatmulSpec:
     return MatmulSpec(n=48, k=192, format=Codebook(books=2, group=group), activation=activation, device=device)
+
+
+def planes_spec(group: int, n: int = 48, k: int = 192, activation: Activation = FLOAT, device: str = "cuda") -> MatmulSpec:
+    return MatmulSpec(n=n, k=k, format=BinaryDual(group=group), activation=activation, device=device)
+
+
+def planes_fields(s: MatmulSpec) -> dict[str, torch.Tensor]:
+    generator, fmt = torch.Generator().manual_seed(s.n + s.k), s.format
+    scale = torch.randn(s.n, fmt.groups(s.k), 2, generator=generator).to(fmt.scale_dtype)
+    codes = torch.randint(0, 4, (s.n, s.k), generator=generator, dtype=torch.uint8)
+    return fmt.pack(Codes(codes, {"weight_scale": scale}))
 
 
 def assert_restored(kernel, fields, s):
@@ -183,6 +196,35 @@ def test_codebooks_are_restored_and_read_row_by_row():
     assert torch.equal(s.format.dequantize(picked), s.format.dequantize(s.format.unpack(fields, s.n, s.k))[rows])
 
 
+@pytest.mark.parametrize(("n", "k", "group"), [(33, 384, 128), (130, 576, 96), (200, 320, 64), (9, 201, -1)])
+def test_planes_are_restored_and_read_row_by_row(n, k, group):
+    s = planes_spec(group, n, k)
+    fields = planes_fields(s)
+    assert_restored(GpuDual(), fields, s)
+    rows = torch.tensor([5, n - 1, 5])
+    picked = GpuDual().rows(GpuDual().prepare(fields, s), rows, s)
+    assert torch.equal(s.format.dequantize(picked), s.format.dequantize(s.format.unpack(fields, n, k))[rows])
+
+
+@pytest.mark.parametrize("group", [96, -1])
+def test_the_layout_of_planes_means_the_same_weights(group):
+    """Read the bits as the head of the kernel file describes them, in plain loops."""
+    s = planes_spec(group, 140, 96)
+    fields = planes_fields(s)
+    weight, words, _ = GpuDual().prepare(fields, s)
+    expected, span = s.format.dequantize(s.format.unpack(fields, s.n, s.k)), weight.shape[1]
+    pairs = words.view(torch.float32 if group == -1 else torch.float16).view(-1, 2)
+    for row in range(s.n):
+        i, r, j = row // 128, row // 16 % 8, row % 16
+        for column in range(s.k):
+            at = column // span
+            element = int(weight[at * 32 + 16 * i + j, column % span])
+            first, second = element >> r + 7 & 1, element >> (r + 7 ^ 8) & 1
+            a1, a2 = pairs[(0 if group == -1 else at) * 256 + 128 * i + 16 * r + j].float()
+            assert first * a1 + second * a2 == expected[row, column]
+    assert len(weight) == -(-s.k // span) * 32 + 32, "a tile that sticks out of N would read past the end"
+
+
 def test_w8a8_keeps_its_divisor():
     fields = W8.pack(int_codes(W8, 33, 200))
     s = int_spec(W8, 33, 200, Int8Token())
@@ -262,6 +304,10 @@ def test_a_group_that_leaves_a_byte_is_an_error(dual_layer):
         (GpuCodebook(), spec(), "codebook, not int4_dual"),
         (GpuFpChannel(), int_spec(FpChannel(bits=8, group=64)), "one scale per row, not groups of 64"),
         (GpuFpChannel(), int_spec(FpChannel(), activation=Int8Token()), "float tokens or those of fp_shift"),
+        (GpuDual(), planes_spec(64, device="cpu"), "runs on cuda, not on cpu"),
+        (GpuDual(), planes_spec(48), "group length that 32 divides, not 48"),
+        (GpuDual(), planes_spec(64, activation=Int8Token()), "float tokens"),
+        (GpuDual(), spec(), "binary_dual, not int4_dual"),
         (GpuW8A8(), int_spec(W8, activation=Int8Token(), device="cpu"), "runs on cuda, not on cpu"),
         (GpuW8A8(), int_spec(IntGroup(bits=8, group=-1), activation=Int8Token()), "symmetric"),
         (GpuW8A8(), int_spec(W8), "int8_token"),
@@ -280,6 +326,7 @@ def test_without_a_gpu_dispatch_keeps_the_reason():
         (int_spec(W8, activation=Int8Token()), "gpu_w8a8"),
         (fp4_spec("nvfp4"), "gpu_fp4"),
         (codebook_spec(), "gpu_codebook"),
+        (planes_spec(64), "gpu_dual"),
     ):
         kernel, refusals = choose(given)
         assert not kernel.name.startswith("gpu")
@@ -298,6 +345,7 @@ def test_the_operators_have_fakes():
             gpu_w8a8(x, weight, scale, torch.empty(192, device="cuda"), None),
             gpu_fp4(x, weight, words, scale, None, "nvfp4"),
             gpu_codebook(x, torch.empty(1, 48, 48, dtype=torch.uint8, device="cuda"), scale, scale, scale, None),
+            gpu_dual(x, torch.empty(128, 64, dtype=torch.int16, device="cuda"), words, scale, None, 64),
         ]
     assert all((y.shape, y.dtype, y.device.type) == ((3, 48), torch.bfloat16, "cuda") for y in outputs)
 
