@@ -27,6 +27,8 @@ from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec
 from quant.kernels.format import Format
+from quant.kernels.formats.binary_dual import BinaryDual
+from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -67,7 +69,8 @@ def formats() -> list[tuple[Format, Activation]]:
     ]
     problems += [(IntGroup(bits=bits, group=128, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)]
     problems += [(Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")]
-    return [*problems, (FpChannel(group=128), Unquantized())]
+    problems += [(fmt, Unquantized()) for fmt in (FpChannel(group=128), FpChannel(bits=8), BinaryDual(group=128))]
+    return [*problems, *((Codebook(books=books, group=4 * books), Unquantized()) for books in (1, 2))]
 
 
 def copies(tensors: tuple[Tensor, ...], cache_bytes: int) -> list[tuple[Tensor, ...]]:

@@ -183,8 +183,8 @@ def main(
             n, k = map(int, given.split("x"))
             spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda")
             layer = layer_of(spec, torch.bfloat16, None)
-            assert isinstance(layer, Layer), layer
-            problems.append((spec, [one for m in tokens for one in tries(label(fmt, activation), layer, m, search)]))
+            if isinstance(layer, Layer):  # the others have no table of tiles
+                problems.append((spec, [one for m in tokens for one in tries(label(fmt, activation), layer, m, search)]))
     refused = compile_all((step for _, wanted in problems for one in wanted for step in one.plan.steps), jobs)
     for program, why in refused.items():
         print(f"{dict(program.constants).get('UNPACK')}: {why}")

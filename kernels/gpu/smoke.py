@@ -1,4 +1,4 @@
-"""Every GPU kernel against float64, on the GPU that is present: `python -m quant.kernels.gpu.smoke`.
+"""Every GPU kernel against float64, on the GPU that is present: `python -m quant.kernels.gpu.smoke [FORMAT ...]`.
 
 Off by default: nothing calls it. First the programs are compiled by Triton as they are needed, by several processes at once,
 then the same layers run from a deployment bundle made on the spot, through the CUDA driver. One line per kernel, dtype and way;
@@ -8,10 +8,11 @@ the exit status is 1 if any result is off or two runs differ, 2 where nothing ca
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from quant.kernels.activations.int_token import Int8Token
 from quant.kernels.activations.none import Unquantized
 from quant.kernels.dispatch import MatmulSpec, choose
 from quant.kernels.format import Format
+from quant.kernels.formats.binary_dual import BinaryDual
+from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.fp4_block import Fp4Block
 from quant.kernels.formats.fp_channel import FpChannel
 from quant.kernels.formats.int4_dual import Int4Dual
@@ -65,6 +68,15 @@ def cases() -> Iterator[Case]:
             for length in (group, -1):
                 fmt = IntGroup(bits=bits, group=length, symmetric=length == -1)
                 yield Case(n=n, k=k, format=fmt, activation=Unquantized())
+        for length in (group, -1):
+            yield Case(n=n, k=k, format=BinaryDual(group=length), activation=Unquantized())
+        for books, length in ((1, 4), (2, 8)):
+            yield Case(n=n, k=k, format=Codebook(books=books, group=length), activation=Unquantized())
+
+
+def bundled(case: Case) -> bool:
+    """Whether bundles hold its programs."""
+    return not isinstance(case.format, BinaryDual | Codebook)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +139,12 @@ def checked(task: tuple[str, Case, torch.dtype, str]) -> tuple[bool, str]:
         )
 
 
-def run_all(way: str, dtypes: tuple[torch.dtype, ...], device: str, jobs: int = 1) -> int:
-    """Check and print every case; returns how many failed. A case that no GPU kernel takes has failed.
+def run_all(way: str, wanted: Iterable[Case], dtypes: tuple[torch.dtype, ...], device: str, jobs: int = 1) -> int:
+    """Check and print every wanted case; returns how many failed. A case that no GPU kernel takes has failed.
 
     jobs: processes, which compile at the same time.
     """
-    tasks = [(way, case, dtype, device) for dtype in dtypes for case in cases()]
+    tasks = [(way, case, dtype, device) for dtype, case in itertools.product(dtypes, wanted)]
     failed = 0
     with contextlib.ExitStack() as stack:
         results: Iterable[tuple[bool, str]] = map(checked, tasks)
@@ -144,23 +156,27 @@ def run_all(way: str, dtypes: tuple[torch.dtype, ...], device: str, jobs: int = 
     return failed
 
 
-def run_bundle(arch: int, dtype: torch.dtype) -> int:
+def run_bundle(arch: int, wanted: Iterable[Case], dtype: torch.dtype) -> int:
     """The cases again from a bundle for this GPU; returns how many failed."""
+    held = [case for case in wanted if bundled(case)]
     layers: list[Layer] = []
-    for case in cases():
+    for case in held:
         layer = layer_of(case.spec("cuda"), dtype, dtype)
         assert isinstance(layer, Layer), layer
         layers.append(layer)
+    if not layers:
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         bundle.write(Path(folder) / bundle.FOLDER, {f"sm_{arch}": bundle.launches(layers, arch)})
         deployed.offer(Path(folder))
         device = deployed.on(torch.cuda.current_device())
         if device is None or device.bundles[-1].folder.parent != Path(folder):
             return 1  # refused, with the reason on the error stream
-        return run_all("bundle", (dtype,), "cuda")
+        return run_all("bundle", held, (dtype,), "cuda")
 
 
-def main() -> int:
+def main(names: Sequence[str] = ()) -> int:
+    """names: of formats; none stand for all."""
     if not torch.cuda.is_available() or torch.version.hip:
         print("torch sees no NVIDIA GPU; nothing was tested", file=sys.stderr)
         return 2
@@ -169,14 +185,15 @@ def main() -> int:
         return 2
     arch = int("{}{}".format(*torch.cuda.get_device_capability()))
     print(f"{torch.cuda.get_device_name()}, sm_{arch}, torch {torch.__version__}, triton {bundle.installed('triton')}")
-    failed = run_all("triton", DTYPES, "cuda", processes())
+    wanted = [case for case in cases() if not names or case.format.name in names]
+    failed = run_all("triton", wanted, DTYPES, "cuda", processes())
     if arch in ARCHITECTURES:
-        failed += run_bundle(arch, torch.bfloat16)
+        failed += run_bundle(arch, wanted, torch.bfloat16)
     else:
         print(f"bundle: not tested, bundles are made for {', '.join(f'sm_{a}' for a in ARCHITECTURES)}")
-    print("all results are right" if not failed else f"{failed} results are WRONG; please report this output")
+    print(f"all {len(wanted)} cases are right" if not failed else f"{failed} results are WRONG; please report this output")
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
