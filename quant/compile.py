@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quant.calibrate import Chain, Sample, advance, capture, catch, recapture
 from quant.embedding import fill_table, pack_table
@@ -145,11 +145,12 @@ def run_blocks(
             for kind in sorted(kinds):  # float before quant, which alone sees the embedding as it will be read
                 if kind == "quant":
                     round_embedding(plan, work)
-                chains[kind] = catch(plan.model, plan.stacks, at, samples, [work.final(s, kind) for s in range(at)])
+                finals = [on(device, work.final(s, kind)) for s in range(at)]
+                chains[kind] = catch(plan.model, plan.stacks, at, samples, finals)
             release(plan.model, outer)
             if len(reports) > first_block:
                 for kind, chain in chains.items():
-                    chain.hidden = work.chain(kind)
+                    chain.hidden = on(device, work.chain(kind))
             for name in stack.blocks[len(reports) - first_block :]:
                 torch.manual_seed(plan.recipe.seed + len(reports))
                 report, fields = make(name, chains)
@@ -161,6 +162,11 @@ def run_blocks(
                 return_freed_memory()
         first_block = last_block
     return reports
+
+
+def on(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors there."""
+    return [tensor.to(device) for tensor in tensors]
 
 
 def run_block(

@@ -72,7 +72,7 @@ def to_device_layout(fields: Mapping[str, Tensor], fmt: BinaryDual, n: int, k: i
     assert isinstance(bits, Tensor)
     tiles = bits.to(torch.int16).view(-1, bits.shape[-1] // span, span).transpose(0, 1)  # [spans, columns, SPAN]
     weight = torch.cat((tiles.flatten(0, 1), tiles.new_zeros(BU, span)))
-    pairs = fields["weight_scale"].view(torch.int64 if fmt.group == -1 else torch.int32).squeeze(-1)  # [N, K // G]
+    pairs = fields["weight_scale"].contiguous().view(torch.int64 if fmt.group == -1 else torch.int32).squeeze(-1)  # [N, K // G]
     if fmt.group != -1:
         pairs = pairs[:, group_of_run(k, fmt.group, len(tiles), span).to(pairs.device)]
     words = torch.nn.functional.pad(pairs, (0, 0, 0, -n % SHARED)).t().flatten()
