@@ -8,7 +8,7 @@ Times of our kernels include the quantization of the tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,8 +61,8 @@ class Candidate:
         return rotating(self.at(x), self.copies)
 
 
-def formats() -> list[tuple[Format, Activation]]:
-    """What is timed: (format, activation rule)."""
+def formats(names: Sequence[str] = ()) -> list[tuple[Format, Activation]]:
+    """What is timed: (format, activation rule), all or those that the table calls by one of the names."""
     problems: list[tuple[Format, Activation]] = [
         (Int4Dual(group=128), Int8Token()),
         (IntGroup(bits=8, group=-1, symmetric=True), Int8Token()),
@@ -70,7 +70,11 @@ def formats() -> list[tuple[Format, Activation]]:
     problems += [(IntGroup(bits=bits, group=128, symmetric=True), Unquantized()) for bits in (8, 4, 3, 2)]
     problems += [(Fp4Block(kind=kind), Unquantized()) for kind in ("nvfp4", "mxfp4")]
     problems += [(fmt, Unquantized()) for fmt in (FpChannel(group=128), FpChannel(bits=8), BinaryDual(group=128))]
-    return [*problems, *((Codebook(books=books, group=4 * books), Unquantized()) for books in (1, 2))]
+    problems += [(Codebook(books=books, group=4 * books), Unquantized()) for books in (1, 2)]
+    return [problem for problem in problems if not names or label(*problem) in names]
+
+
+NAMES = [label(*problem) for problem in formats()]
 
 
 def copies(tensors: tuple[Tensor, ...], cache_bytes: int) -> list[tuple[Tensor, ...]]:
@@ -79,9 +83,9 @@ def copies(tensors: tuple[Tensor, ...], cache_bytes: int) -> list[tuple[Tensor, 
     return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(L2_TIMES * cache_bytes // size))]
 
 
-def ours(n: int, k: int, device: str, cache_bytes: int) -> Iterator[tuple[str, Candidate]]:
-    """(name, candidate) of every format of `formats`. Raises ValueError where no kernel takes one."""
-    for fmt, activation in formats():
+def ours(n: int, k: int, device: str, cache_bytes: int, names: Sequence[str] = ()) -> Iterator[tuple[str, Candidate]]:
+    """(name, candidate) of `formats`. Raises ValueError where no kernel takes one."""
+    for fmt, activation in formats(names):
         spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device=device)
         kernel, refusals = dispatch.choose(spec)
         if kernel.name == "reference":
@@ -112,9 +116,9 @@ def rivals(n: int, k: int, device: str, cache_bytes: int) -> Iterator[tuple[str,
         yield "torch fp8", Candidate(fp8_at, copies((dense.to(torch.float8_e4m3fn),), cache_bytes), "torch")
 
 
-def warm(n: int, k: int) -> None:
+def warm(n: int, k: int, names: Sequence[str] = ()) -> None:
     """Compile what `ours` launches."""
-    specs = [MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda") for fmt, activation in formats()]
+    specs = [MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda") for fmt, activation in formats(names)]
     layers = [layer_of(spec, torch.bfloat16, None) for spec in specs]
     compile_all(steps_of(layer for layer in layers if isinstance(layer, Layer)))
 
@@ -130,9 +134,9 @@ def fp8_at(x: Tensor) -> Callable[..., Tensor]:
     return lambda w: torch._scaled_mm(codes, w.t(), one, one, out_dtype=torch.bfloat16)
 
 
-def candidates(n: int, k: int, device: str, cache_bytes: int) -> dict[str, Candidate]:
+def candidates(n: int, k: int, device: str, cache_bytes: int, names: Sequence[str] = ()) -> dict[str, Candidate]:
     """Name -> candidate, torch's own first."""
-    return dict([*rivals(n, k, device, cache_bytes), *ours(n, k, device, cache_bytes)])
+    return dict([*rivals(n, k, device, cache_bytes), *ours(n, k, device, cache_bytes, names)])
 
 
 def graph_us(call: Call) -> Callable[[], float]:
@@ -174,10 +178,11 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 @click.command()
 @click.option("--tokens", "-m", multiple=True, type=click.IntRange(min=1), default=TOKENS, show_default=True)
+@click.option("--format", "names", multiple=True, type=click.Choice(NAMES), help="Only these of our formats.")
 @click.option("--n", type=int, default=8192, show_default=True, help="Out features.")
 @click.option("--k", type=int, default=8192, show_default=True, help="In features; a multiple of 128.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=None, help="Also write the rows to this file.")
-def main(tokens: tuple[int, ...], n: int, k: int, file: Path | None) -> None:
+def main(tokens: tuple[int, ...], names: tuple[str, ...], n: int, k: int, file: Path | None) -> None:
     """Times every GPU kernel beside torch's own on the GPU that is present."""
     if not torch.cuda.is_available():
         raise click.UsageError("torch sees no CUDA device; nothing was timed")
@@ -185,9 +190,9 @@ def main(tokens: tuple[int, ...], n: int, k: int, file: Path | None) -> None:
         raise click.UsageError(f"k {k} is not a multiple of 128, the group length of the comparison; give a multiple")
     facts = torch.cuda.get_device_properties(torch.cuda.current_device())
     rows: list[dict[str, Any]] = []
-    warm(n, k)
+    warm(n, k, names)
     with torch.no_grad():
-        found = candidates(n, k, "cuda", facts.L2_cache_size)
+        found = candidates(n, k, "cuda", facts.L2_cache_size, names)
         for m in tokens:
             x = torch.randn(m, k, device="cuda").bfloat16()
             timed = taking_turns({name: graph_us(one.call(x)) for name, one in found.items()})

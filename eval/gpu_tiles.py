@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quant.eval.gpu_speed import copies, formats, graph_us
+from quant.eval.gpu_speed import NAMES, copies, formats, graph_us
 from quant.eval.kernel_speed import label, random_fields, rotating
 from quant.kernels import dispatch
 from quant.kernels.dispatch import MatmulSpec
@@ -164,7 +164,7 @@ def launch(row: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--format", "names", multiple=True, help="Only these formats, as the table names them: A8W4, W4A16 ...")
+@click.option("--format", "names", multiple=True, type=click.Choice(NAMES), help="Only these formats.")
 @click.option("--tokens", "-m", multiple=True, type=click.IntRange(min=1), default=TOKENS, show_default=True)
 @click.option("--shape", multiple=True, default=SHAPES, show_default=True, help="N x K; K a multiple of 128.")
 @click.option("--search", is_flag=True, help="Also time tiles that the tables leave out.")
@@ -178,8 +178,8 @@ def main(
         raise click.UsageError("torch sees no CUDA device; nothing was timed")
     facts = torch.cuda.get_device_properties(torch.cuda.current_device())
     problems = []
-    for fmt, activation in formats():
-        for given in shape if not names or label(fmt, activation) in names else ():
+    for fmt, activation in formats(names):
+        for given in shape:
             n, k = map(int, given.split("x"))
             spec = MatmulSpec(n=n, k=k, format=fmt, activation=activation, device="cuda")
             layer = layer_of(spec, torch.bfloat16, None)
