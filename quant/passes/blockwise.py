@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Pass(BlockTuner):
-    """steps of `windows` samples each. codes, scales, vectors: rates, see train.block.Rates; 0 leaves its kind alone.
+    """steps of `windows` samples each, 0 to train nothing and measure only. codes, scales, vectors: rates, see train.block.Rates; 0 leaves its kind alone.
 
     same: weight of the term on equal inputs. held, looks, patience: see train.block.Schedule.
     """
 
-    steps: int = Field(96, ge=1)
+    steps: int = Field(96, ge=0)
     windows: int = Field(1, ge=1)
     codes: float = Field(0.015, ge=0)
     scales: float = Field(5e-3, ge=0)

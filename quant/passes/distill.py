@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Pass(Tuner):
-    """steps of `windows` samples each. scales, vectors: learning rates, see train.distill.Rates.
+    """steps of `windows` samples each, 0 to train nothing and measure only. scales, vectors: learning rates, see train.distill.Rates.
 
     lam, gamma: how much more tokens count that the float model is unsure of, see train.distill; held-out KL counts all alike.
     held: samples kept to measure on. looks, patience, save_every: see train.distill.Course.
@@ -36,7 +36,7 @@ class Pass(Tuner):
     perplexity on WikiText-2 +6.9 to +4.3 %; 100 steps with greater rates gave the same.
     """
 
-    steps: int = Field(100, ge=1)
+    steps: int = Field(100, ge=0)
     windows: int = Field(4, ge=1)
     scales: float = Field(1e-3, ge=0)
     vectors: float = Field(1e-3, ge=0)

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 
 class Pass(distill.Pass):
-    """entropy, distribution: weights of the two losses, 0.5 and 1 in the paper. form: of the distribution loss.
-
-    steps 0 trains nothing and measures only.
-    """
+    """entropy, distribution: weights of the two losses, 0.5 and 1 in the paper. form: of the distribution loss."""
 
     steps: int = Field(40, ge=0)
     entropy: float = Field(0.5, ge=0)

@@ -53,6 +53,14 @@ def test_it_gets_closer_and_keeps_the_layout(kind: str, tuner: str, llama: Path,
     assert tuned["steps_skipped"] == 0
 
 
+def test_no_steps_change_no_byte(llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    for given in (None, OPTIONS | {"steps": 0}):
+        file = recipe(tmp_path, "w3a16", given)
+        quant.quantize(str(llama), file, tmp_path / str(given is None), overrides=tiny.SMALL)
+    plain, trained = (tmp_path / str(kind) / "model.safetensors" for kind in (True, False))
+    assert plain.read_bytes() == trained.read_bytes()
+
+
 @pytest.mark.parametrize("options", [CODES | {"codes": 5.0, "tau": 1.0, "looks": 6}, CODES | {"scales": 3.0, "looks": 6}])
 def test_a_harmful_rate_ends_where_it_began(options: dict[str, object], llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
     for given in (None, options):
