@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Pass(BlockTuner):
-    """steps of `windows` samples each, 0 to train nothing and measure only. codes, scales, vectors: rates, see train.block.Rates; 0 leaves its kind alone.
+    """steps of `windows` samples each; 0 trains nothing. codes, scales, vectors: rates, see train.block.Rates; 0 leaves its
+    kind alone.
 
     same: weight of the term on equal inputs. held, looks, patience: see train.block.Schedule.
     """

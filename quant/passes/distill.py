@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Pass(Tuner):
-    """steps of `windows` samples each, 0 to train nothing and measure only. scales, vectors: learning rates, see train.distill.Rates.
+    """steps of `windows` samples each; 0 trains nothing. scales, vectors: learning rates, see train.distill.Rates.
 
     lam, gamma: how much more tokens count that the float model is unsure of, see train.distill; held-out KL counts all alike.
     held: samples kept to measure on. looks, patience, save_every: see train.distill.Course.
