@@ -3,15 +3,23 @@
     y[m, n] = s[n] * sum_b sum_j <x[m, tile j], C[b, code[n, j, b]]> + bias[n]
 
 float16 and float32 tokens meet the entries as they are, bfloat16 tokens meet entries rounded to bfloat16 once. Many tokens: the
-weight is made dense, rounded once, and torch multiplies. Written without a GPU: the programs are interpreted in the tests and
-compiled for sm_80, 90 and 100; tiles follow from the number of tokens by rule, none has been timed. Bundles do not hold these
-programs; where one is in use the reference serves.
+weight is made dense, rounded once, and torch multiplies.
+
+    codes      uint8 [books, blocks, N, 32]     32 neighbours of a row of codes in each block, the last padded with zeros
+    book       float16 [books, 256, g]
+    rounded    bfloat16, the book once more
+    row_scale  float32 [N]
+
+Written without a GPU: the programs are interpreted in the tests, their inline assembly evaluated, and compiled for sm_80, 90
+and 100; shapes follow from the number of tokens by rule, none has been timed. Bundles do not hold these programs; where one is
+in use the reference serves.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,7 +27,7 @@ from torch import Tensor
 
 from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Codes, Fields
-from quant.kernels.formats.codebook import Codebook
+from quant.kernels.formats.codebook import ENTRIES, Codebook
 from quant.kernels.gpu import deployed, launch
 from quant.kernels.gpu.plan import (
     COMPUTE,
@@ -31,13 +39,56 @@ from quant.kernels.gpu.plan import (
     output,
     padded,
     program,
-    stride,
 )
 from quant.kernels.gpu.program import Plan, Scratch, Step, Value, run
 
-BN, BK = 64, 128
-BM = (16, 32, 64, 128)  # the smallest that holds the tokens, or the last
-MOST_SPLITS = 8
+BN, BK = 64, 128  # of the program that makes the weight dense
+CODES = 32  # of a row in a block, which one trip multiplies: the fewest bytes that fill the MMA
+MOST_SPLITS = 16
+TRIPS = 2  # a split leaves each program at least so many
+UNASKED = 48 * 1024  # bytes of shared memory that a program gets without asking the driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What decides a program beside the layer and its dtypes; see `codebook_gemm`."""
+
+    units: int = 1  # of tokens
+    unit: int = 16  # tokens: 8 if swap, else 16
+    bn: int = 128
+    piece: int = 8  # elements of an entry that are looked up at once
+    word: int = 2  # 16-bit tokens that are loaded at once
+    swap: bool = False
+    row: int = 128
+    warps: int = 4
+    buffers: int | None = None  # of the pipeline; None: by rule
+    resident: int = 3  # programs that a processor holds, for the number of splits
+
+    @property
+    def bm(self) -> int:
+        return self.units * self.unit
+
+    def stages(self, group: int, x: str) -> int:
+        """Of the pipeline, one more than its buffers.
+
+        The copies of the codebook are static shared memory, of which Triton does not know: it asks the driver for more than
+        48 KB only where its own part exceeds them. So both must fit in there, or its own part alone must not.
+        """
+        room = UNASKED - ENTRIES * self.row
+        buffer = CODES * (self.bn + self.bm * min(group, self.piece) * (4 if x == "float32" else 2))
+        buffers = self.buffers or min(3, room // buffer)
+        if buffers < 2 or room < buffers * buffer <= UNASKED:
+            buffers = UNASKED // buffer + 1
+        return buffers + 1
+
+
+def shape_of(m: int, group: int, x: str) -> Shape:
+    """By rule: no spills, and little of shared memory's time for tokens. float32 tokens take twice the room."""
+    if x == "float32":
+        return Shape(bn=64 if group > 4 else 128)
+    if m > 16:
+        return Shape(units=2, bn=256, piece=4, warps=8, resident=2)
+    return Shape(bn=256, warps=8, resident=1) if group > 4 else Shape()
 
 
 def weight_arguments(x: str) -> Arguments:
@@ -46,9 +97,18 @@ def weight_arguments(x: str) -> Arguments:
     return [("code_ptr", "*u8", "codes"), ("book_ptr", "*bf16" if rounded else "*fp16", "rounded" if rounded else "book")]
 
 
+def blocks(k: int, group: int) -> int:
+    """Of the codes of a row, and of a book."""
+    return -(-k // (group * CODES))
+
+
 @functools.lru_cache(1024)
-def plan(n: int, k: int, books: int, group: int, x: str, bias: str | None, bm: int, splits: int, target: str = "cuda") -> Plan:
-    """The launches of a weight [N, K] and tokens of dtype `x`, `bm` of them at a time, K in `splits` parts."""
+def plan(
+    n: int, k: int, books: int, group: int, x: str, bias: str | None, shape: Shape, splits: int, target: str = "cuda"
+) -> Plan:
+    """The launches of a weight [N, K] and tokens of dtype `x`, K and the books in `splits` parts."""
+    piece = min(group, shape.piece)
+    word = 1 if x == "float32" else min(piece, shape.word)
     scaled: Arguments = [
         ("row_scale_ptr", "*fp32", "row_scale"),
         ("bias_ptr", POINTER[bias or "float32"], "bias" if bias else ""),
@@ -60,25 +120,29 @@ def plan(n: int, k: int, books: int, group: int, x: str, bias: str | None, bm: i
         ("y_ptr", "*fp32" if splits > 1 else output(x), "partial" if splits > 1 else "y"),
         ("M", "i32", "M"),
         ("N", "i32", n),
-        ("K", "i32", k),
-        ("X_STRIDE", "i32", padded(k)),
+        ("X_STRIDE", "i32", padded(k) // word),
         ("TILES", "i32", k // group),
-        stride("PLANE_STRIDE", n * (k // group)),
+        ("BLOCK_STRIDE", "i32", n * CODES),
     ]
-    inside = target == "interpreter"  # which gets bfloat16 arithmetic wrong
     constants: dict[str, Value] = {
         "GROUP": group,
+        "PIECE": piece,
         "BOOKS": books,
-        "COMPUTE": "fp32" if inside else COMPUTE[x],
-        "RAGGED": k % BK != 0,
+        "COMPUTE": "fp32" if target == "interpreter" else COMPUTE[x],  # which gets bfloat16 arithmetic wrong
+        "TOKENS": COMPUTE[x],
+        "RAGGED": k // group % CODES != 0,
         "SPLIT": splits,
-        "BM": bm,
-        "BN": BN,
-        "BK": BK,
-        "PRECISION": "ieee" if inside else "tf32x3",  # float32 tokens only: three products restore what one loses
+        "UNITS": shape.units,
+        "UNIT": shape.unit,
+        "BN": shape.bn,
+        "BT": CODES,
+        "WORD": word,
+        "SWAP": shape.swap,
+        "ROW": shape.row,
+        "INLINE": target == "cuda",
     }
-    built, bound = program("codebook_gemm", arguments, constants, 4, 3, True)
-    steps = [Step(program=built, arguments=bound, rows=bm, columns=BN, splits=splits, n=n)]
+    built, bound = program("codebook_gemm", arguments, constants, shape.warps, shape.stages(group, x), True)
+    steps = [Step(program=built, arguments=bound, rows=shape.bm, columns=shape.bn, splits=splits, n=n)]
     if splits == 1:
         return Plan(steps=tuple(steps), scratch=())
     steps += [combine_step("*fp32", [("x_scale_ptr", "*fp32", ""), *scaled], x, n, splits)]
@@ -96,27 +160,27 @@ def dense_plan(n: int, k: int, books: int, group: int, x: str) -> Plan:
         ("N", "i32", n),
         ("K", "i32", k),
         ("TILES", "i32", k // group),
-        stride("PLANE_STRIDE", n * (k // group)),
+        ("BLOCK_STRIDE", "i32", n * CODES),
     ]
-    constants: dict[str, Value] = {"GROUP": group, "BOOKS": books, "BN": BN, "BK": BK}
+    constants: dict[str, Value] = {"GROUP": group, "BOOKS": books, "BT": CODES, "BN": BN, "BK": BK}
     built, bound = program("codebook_dense", arguments, constants, 4, 1, False)
     step = Step(program=built, arguments=bound, rows=NO_TOKENS, columns=BN, splits=-(-k // BK), n=n)
     kind = "int16" if x == "bfloat16" else x
     return Plan(steps=(step,), scratch=(Scratch(name="dense", dtype=kind, fixed=n * k),), dense=True)
 
 
-def parts(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
-    """(tokens of a tile, parts of K): parts only as far as tiles leave processors idle, two tiles to each."""
-    bm = next((most for most in BM if m <= most), BM[-1])
-    tiles = -(-m // bm) * -(-n // BN)
-    return bm, max(1, min(MOST_SPLITS, 2 * processors // tiles, -(-k // BK)))
+def parts(m: int, n: int, k: int, books: int, group: int, shape: Shape, processors: int) -> int:
+    """Of K and the books: as many as fill the processors once."""
+    tiles = -(-m // shape.bm) * -(-n // shape.bn)
+    trips = books * (group // min(group, shape.piece)) * blocks(k, group)
+    return max(1, min(MOST_SPLITS, shape.resident * processors // tiles, trips // TRIPS))
 
 
 def multiply(
     x: Tensor, codes: Tensor, book: Tensor, rounded: Tensor, row_scale: Tensor, bias: Tensor | None, processors: int
 ) -> Tensor:
     """x [M, K] -> [M, N] in x's dtype; tensors as `prepare` makes them. On CPU tensors the programs must be interpreted."""
-    (m, k), (books, n, _), group = x.shape, codes.shape, book.shape[-1]
+    (m, k), (books, _, n, _), group = x.shape, codes.shape, book.shape[-1]
     y = x.new_empty(m, n)
     if m == 0:
         return y
@@ -126,7 +190,9 @@ def multiply(
     else:
         bias_type = None if bias is None else launch.dtype_name(bias.dtype)
         target = "cuda" if x.is_cuda else "interpreter"
-        steps = plan(n, k, books, group, name, bias_type, *parts(m, n, k, processors), target)
+        shape = shape_of(m, group, name)
+        splits = parts(m, n, k, books, group, shape, processors)
+        steps = plan(n, k, books, group, name, bias_type, shape, splits, target)
         x = torch.nn.functional.pad(x, (0, padded(k) - k)) if padded(k) > k else x
     known = {"x": x, "codes": codes, "book": book, "rounded": rounded, "row_scale": row_scale}
     known |= {"bias": bias} if bias is not None else {}
@@ -144,14 +210,14 @@ def gpu_codebook(x: Tensor, codes: Tensor, book: Tensor, rounded: Tensor, row_sc
 
 @gpu_codebook.register_fake
 def _(x: Tensor, codes: Tensor, book: Tensor, rounded: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[1])
+    return x.new_empty(x.shape[0], codes.shape[2])
 
 
 @register
 class GpuCodebook(Kernel):
     """codebook with float tokens on NVIDIA GPUs of compute capability 8.0 and later.
 
-    prepared: codes uint8 [books, N, K / g], book float16 [books, 256, g], the book rounded to bfloat16, row_scale float32 [N].
+    prepared: codes, book, rounded, row_scale as at the head of this file.
     """
 
     name: ClassVar[str] = "gpu_codebook"
@@ -173,15 +239,22 @@ class GpuCodebook(Kernel):
 
     def prepare(self, fields: Mapping[str, Tensor], spec: MatmulSpec) -> Prepared:
         book = fields["codebook"].clone()
-        codes = fields["weight_packed"].view(spec.n, -1, len(book)).permute(2, 0, 1).contiguous().clone()
-        return codes, book, book.bfloat16(), fields["weight_scale"].flatten().clone()
+        codes = fields["weight_packed"].view(spec.n, -1, len(book)).permute(2, 0, 1)
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[2] % CODES)).view(len(book), spec.n, -1, CODES)
+        return (
+            codes.transpose(1, 2).clone(memory_format=torch.contiguous_format),
+            book,
+            book.bfloat16(),
+            fields["weight_scale"].flatten().clone(),
+        )
 
     def restore(self, prepared: Prepared, spec: MatmulSpec) -> Fields:
         return spec.format.pack(self.rows(prepared, torch.arange(spec.n, device=prepared[0].device), spec))
 
     def rows(self, prepared: Prepared, rows: Tensor, spec: MatmulSpec) -> Codes:
         codes, book, _, scale = prepared
-        return Codes(codes[:, rows].permute(1, 2, 0), {"codebook": book.clone(), "weight_scale": scale[rows].unsqueeze(1)})
+        picked = codes[:, :, rows].permute(2, 1, 3, 0).flatten(1, 2)[:, : spec.k // spec.format.tile]
+        return Codes(picked, {"codebook": book.clone(), "weight_scale": scale[rows].unsqueeze(1)})
 
     def matmul(self, x: Tensor, prepared: Prepared, bias: Tensor | None, spec: MatmulSpec) -> Tensor:
         y: Tensor = gpu_codebook(x, *prepared, bias)

@@ -1,5 +1,7 @@
 """Evaluates straight-line 32-bit PTX on CPU tensors, so that inline assembly can be proven without a GPU.
 
+Shared memory is a tensor of words; a load or store of several is one of each.
+
 The Triton interpreter refuses inline assembly; a fragment is therefore compared, word by word over all its inputs, with the
 formula it stands for. Unknown opcodes raise KeyError: nothing passes by accident.
 """
@@ -7,7 +9,7 @@ formula it stands for. Unknown opcodes raise KeyError: nothing passes by acciden
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,23 +44,43 @@ OPCODES: dict[str, Callable[..., Tensor]] = {
     "shr.b32": lambda a, b: a >> b,
     "lop3.b32": combine_bits,
     "mov.b32": lambda a: a.clone(),
+    "add.u32": lambda a, b: a + b,
     "mul.lo.u32": lambda a, b: a * b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": permute_bytes,
 }
 
 
-def run(assembly: str, inputs: Sequence[Tensor], outputs: int) -> list[Tensor]:
+def run(
+    assembly: str,
+    inputs: Sequence[Tensor],
+    outputs: int,
+    named: Mapping[str, Tensor] | None = None,
+    memory: Tensor | None = None,
+) -> list[Tensor]:
     """The `outputs` words $0.. of a fragment whose operands $outputs.. are `inputs`.
 
-    inputs: int64 tensors of one shape holding 0..2^32 - 1; numbering as in `tl.inline_asm_elementwise`.
+    inputs: int64 tensors of one shape holding 0..2^32 - 1; numbering as in `tl.inline_asm_elementwise`. named: what else it
+    reads. memory: shared memory, int64 words, which it may change.
     """
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)} | dict(named or {})
     for statement in re.sub(r"[{}]", " ", assembly).split(";"):
         words = statement.split(None, 1)
-        if not words or words[0] == ".reg":
+        if not words or words[0] in (".reg", ".shared"):
             continue
-        target, *sources = (part.strip() for part in words[1].split(","))
+        opcode, parts = words[0].replace("mov.u32", "mov.b32"), [part.strip() for part in words[1].split(",")]
+        if access := re.fullmatch(r"(ld|st)\.shared(\.v[24])?\.b32", opcode):
+            assert memory is not None, assembly
+            (place,) = (part for part in parts if part[0] == "[")
+            start = registers[place[1:-1]]
+            assert bool((start % (4 * len(parts) - 4) == 0).all()), f"misaligned: {statement}"
+            for i, name in enumerate(part for part in parts if part != place):
+                if access[1] == "ld":
+                    registers[name] = memory[start // 4 + i]
+                else:
+                    memory[start // 4 + i] = registers[name]
+            continue
+        target, *sources = parts
         values = [registers[s] if s in registers else torch.tensor(int(s, 0)) for s in sources]
-        registers[target] = OPCODES[words[0]](*values) & MASK
+        registers[target] = OPCODES[opcode](*values) & MASK
     return [registers[f"${i}"] for i in range(outputs)]

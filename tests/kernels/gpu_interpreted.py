@@ -435,10 +435,18 @@ def test_native_blocks_of_sixteen():
 
 @pytest.mark.parametrize(
     ("books", "group", "m", "n", "k", "processors", "splits"),
-    [(1, 4, 1, 130, 576, 9, 5), (2, 8, 17, 72, 200, 1, 1), (3, 2, 70, 40, 96, 1, 1), (2, 8, DENSE_TOKENS, 70, 200, 1, 1)],
+    [
+        (1, 4, 1, 130, 576, 9, 2),
+        (2, 8, 17, 72, 200, 1, 2),
+        (3, 2, 33, 40, 264, 9, 7),
+        (1, 16, 2, 40, 96, 9, 1),
+        (1, 1, 2, 40, 40, 1, 1),
+        (2, 8, DENSE_TOKENS, 70, 200, 1, 1),
+    ],
 )
 def test_codebook_products(books, group, m, n, k, processors, splits):
-    """Against float64: tails of M, N and K, one part of K and several, many tokens with a dense weight."""
+    """Against float64: tails of M, N and K, one part of K and several, one that begins inside a book, entries looked up in
+    pieces, many tokens with a dense weight."""
     generator = torch.Generator().manual_seed(n + m)
     fmt = Codebook(books=books, group=group)
     codes = torch.randint(0, ENTRIES, (n, k // group, books), generator=generator, dtype=torch.uint8)
@@ -453,7 +461,8 @@ def test_codebook_products(books, group, m, n, k, processors, splits):
         x = random_tokens(m, k, dtype)
         y = codebook.multiply(x, *prepared, bias, processors)
         assert relative(y, x.double() @ weight.t() + bias.double()) < ROUNDING[dtype], dtype
-    assert codebook.parts(m, n, k, processors)[1] == splits
+    shape = codebook.shape_of(m, group, "bfloat16")
+    assert codebook.parts(m, n, k, books, group, shape, processors) == splits
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def test_the_operators_have_fakes():
             gpu_wna16(x, weight, words, scale, scale, 4, 64),
             gpu_w8a8(x, weight, scale, torch.empty(192, device="cuda"), None),
             gpu_fp4(x, weight, words, scale, None, "nvfp4"),
-            gpu_codebook(x, torch.empty(1, 48, 48, dtype=torch.uint8, device="cuda"), scale, scale, scale, None),
+            gpu_codebook(x, torch.empty(1, 2, 48, 32, dtype=torch.uint8, device="cuda"), scale, scale, scale, None),
             gpu_dual(x, torch.empty(128, 64, dtype=torch.int16, device="cuda"), words, scale, None, 64),
         ]
     assert all((y.shape, y.dtype, y.device.type) == ((3, 48), torch.bfloat16, "cuda") for y in outputs)
