@@ -22,49 +22,42 @@ import triton.language as tl
 from quant.kernels.gpu.jit.gemm import bfloat16_bits, finish
 
 ENTRIES = tl.constexpr(256)
+ROW = tl.constexpr(128)  # bytes: all banks
 
 
 @triton.constexpr_function
-def reserve(piece, row):
+def reserve(piece):
     """Declare `book`, for the rest of the program the address of this lane's copy of entry 0. $0: 0, $1: unused.
 
     A name of the PTX, because `lookup` with a second argument, the same for all codes, is not hoisted to where the MMA reads.
     """
-    if row == 0:
-        return ".reg .b64 book; mov.u32 $0, 0;"
-    return f""".reg .b32 book; .shared .align 128 .b8 copies[{ENTRIES.value * row}];
+    return f""".reg .b32 book; .shared .align 128 .b8 copies[{ENTRIES.value * ROW.value}];
 {{ .reg .b32 start; mov.u32 start, copies; mov.u32 book, %laneid; mul.lo.u32 book, book, {4 * max(1, piece // 2)};
-and.b32 book, book, {row - 4}; add.u32 book, book, start; mov.u32 $0, 0; }}"""
+and.b32 book, book, {ROW.value - 4}; add.u32 book, book, start; mov.u32 $0, 0; }}"""
 
 
 @triton.constexpr_function
-def fill(piece, row):
+def fill(piece):
     """Copy one entry over its row. $1: the entry, $2..: its words. $0: 0."""
     words = [f"${2 + i}" for i in range(max(1, piece // 2))]
-    width = min(row // 4, 4)  # words of a store
-    value = ", ".join((words * width)[:width])
-    body = f"mov.u32 row, copies; mad.lo.u32 row, $1, {row}, row; mov.u32 at, %laneid; shl.b32 at, at, 4;\n"
-    for _ in range(row // (4 * width)):  # neighbours begin with different banks
-        body += f"and.b32 to, at, {row - 4 * width}; add.u32 to, to, row; add.u32 at, at, 16;\n"
-        body += f"st.shared{('', '', '.v2', '', '.v4')[width]}.b32 [to], {{{value}}};\n"
+    value = ", ".join((words * 4)[:4])
+    body = f"mov.u32 row, copies; mad.lo.u32 row, $1, {ROW.value}, row; mov.u32 at, %laneid; shl.b32 at, at, 4;\n"
+    for _ in range(ROW.value // 16):  # neighbours begin with different banks
+        body += f"and.b32 to, at, {ROW.value - 16}; add.u32 to, to, row; add.u32 at, at, 16;\n"
+        body += f"st.shared.v4.b32 [to], {{{value}}};\n"
     return f"{{ .reg .b32 row, at, to;\n{body}mov.u32 $0, 0; }}"
 
 
 @triton.constexpr_function
-def lookup(piece, row, group):
-    """Four codes in a word -> $(2 i) and $(2 i + 1): element i of their entries. These are at `book`: in shared memory in rows
-    of `row` bytes, or with row = 0 in global memory."""
+def lookup(piece):
+    """Four codes in a word -> $(2 i) and $(2 i + 1): element i of their entries, read from the copies at `book`."""
     words, code = max(1, piece // 2), 2 * piece
     entries = [[f"e{i}{word}" for word in range(words)] for i in range(4)]
-    body = f".reg .b32 c, {', '.join(name for entry in entries for name in entry)}; .reg .b{32 if row else 64} at;\n"
+    body = f".reg .b32 c, at, {', '.join(name for entry in entries for name in entry)};\n"
     for i, entry in enumerate(entries):
         body += f"prmt.b32 c, ${code}, 0, {0x4440 + i:#x};\n"
-        body += f"mad.lo.u32 at, c, {row}, book;\n" if row else f"mad.wide.u32 at, c, {2 * group}, book;\n"
-        if piece == 1 and not row:
-            body += f"{{ .reg .b16 h; ld.global.nc.b16 h, [at]; mov.b32 {entry[0]}, {{h, h}}; }}\n"
-            continue
-        where = "ld.shared" if row else "ld.global.nc"
-        body += f"{where}{('', '', '.v2', '', '.v4')[words]}.b32 {{{', '.join(entry)}}}, [at];\n"
+        body += f"mad.lo.u32 at, c, {ROW.value}, book;\n"
+        body += f"ld.shared{('', '', '.v2', '', '.v4')[words]}.b32 {{{', '.join(entry)}}}, [at];\n"
     for i in range(piece):
         for pair in range(2):
             low, high = entries[2 * pair][i // 2], entries[2 * pair + 1][i // 2]
@@ -79,7 +72,7 @@ def fill_registers(piece):
 
 
 @triton.jit
-def copy_book(book_ptr, PIECE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr):
+def copy_book(book_ptr, PIECE: tl.constexpr, GROUP: tl.constexpr):
     """Copy the pieces at book_ptr to shared memory, once every warp has read what was there."""
     entry = tl.arange(0, ENTRIES)
     tl.debug_barrier()
@@ -95,15 +88,15 @@ def copy_book(book_ptr, PIECE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.conste
     else:
         half = tl.load(book_ptr.to(tl.pointer_type(tl.int16)) + entry).to(tl.int32) & 0xFFFF
         args = [entry, half]
-    tl.inline_asm_elementwise(fill(PIECE, ROW), fill_registers(PIECE), args, dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(fill(PIECE), fill_registers(PIECE), args, dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
 
 
 @triton.jit
-def elements(book_ptr, code, PIECE: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, INLINE: tl.constexpr):
-    """uint8 codes -> PIECE tiles of that shape: element i of the pieces at book_ptr, or of their copies."""
+def elements(book_ptr, code, PIECE: tl.constexpr, GROUP: tl.constexpr, INLINE: tl.constexpr):
+    """uint8 codes -> PIECE tiles of that shape: element i of the pieces at book_ptr, read from their copies."""
     if INLINE:
-        FRAGMENT: tl.constexpr = lookup(PIECE, ROW, GROUP)
+        FRAGMENT: tl.constexpr = lookup(PIECE)
         REGISTERS: tl.constexpr = "=r," * (2 * PIECE) + "r"
         if book_ptr.dtype.element_ty == tl.float16:
             return tl.inline_asm_elementwise(FRAGMENT, REGISTERS, [code], dtype=(tl.float16,) * PIECE, is_pure=True, pack=4)
@@ -155,7 +148,8 @@ def products(
     if TOKENS == "fp32":  # entries are exact in TF32, tokens in two of its numbers, or nearly so
         v = w[FIRST].to(tl.float32)
         high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        return product(v, high, product(v, x - high, acc, SWAP, INLINE), SWAP, INLINE)
+        zero = tl.zeros(acc.shape, tl.float32)  # tensor cores cut what they add to a large sum: 2e-5 of it after 4096 columns
+        return acc + product(v, high, product(v, x - high, zero, SWAP, INLINE), SWAP, INLINE)
     else:
         for i in tl.static_range(WORD):
             some = half(x, i, TOKENS, COMPUTE)
@@ -189,15 +183,13 @@ def codebook_gemm(
     BT: tl.constexpr,
     WORD: tl.constexpr,
     SWAP: tl.constexpr,
-    ROW: tl.constexpr,
     INLINE: tl.constexpr,
 ):
     """One tile of y [M, N], UNITS * UNIT tokens and BN rows of the weight, or with SPLIT > 1 of partial sums [SPLIT, M, N].
 
     x [M, X_STRIDE] in words of WORD elements; codes uint8 [BOOKS, blocks, N, BT], BLOCK_STRIDE = N * BT; TILES = K / GROUP;
     book [BOOKS, 256, GROUP] in the type of x, or float16 for float32 tokens, which meet it in float32; row_scale float32 [N].
-    RAGGED: BT does not divide TILES. SWAP: weights are the left operand of the MMA. ROW: bytes of shared memory for the copies
-    of an entry; 0: entries are read from global memory. COMPUTE is TOKENS, the type of x, or fp32.
+    RAGGED: BT does not divide TILES. SWAP: weights are the left operand of the MMA. COMPUTE is TOKENS, the type of x, or fp32.
     """
     PIECES: tl.constexpr = GROUP // PIECE
     m = tl.program_id(0) * (UNITS * UNIT) + tl.arange(0, UNIT)
@@ -205,9 +197,7 @@ def codebook_gemm(
     tile = tl.arange(0, BT)
     code_row = tl.minimum(n, N - 1) * BT
     code_at = code_row[:, None] + tile[None, :] if SWAP else code_row[None, :] + tile[:, None]
-    if WORD == 4:
-        x_ptr = x_ptr.to(tl.pointer_type(tl.int64))
-    elif WORD == 2:
+    if WORD == 2:
         x_ptr = x_ptr.to(tl.pointer_type(tl.int32))
     elif TOKENS != "fp32":
         x_ptr = x_ptr.to(tl.pointer_type(tl.int16))
@@ -217,7 +207,7 @@ def codebook_gemm(
         x_at = x_at + (x_row[None, :] + tile[:, None] * (GROUP // WORD),)
         acc = acc + (tl.zeros((BN, UNIT) if SWAP else (UNIT, BN), tl.float32),)
     if INLINE:
-        tl.inline_asm_elementwise(reserve(PIECE, ROW), "=r,r", [M], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(reserve(PIECE), "=r,r", [M], dtype=tl.int32, is_pure=False, pack=1)
     trips = tl.cdiv(TILES, BT)
     stretch = tl.cdiv(trips * (BOOKS * PIECES), SPLIT)
     first = tl.program_id(2) * stretch
@@ -225,14 +215,11 @@ def codebook_gemm(
     for p in range(first // trips, tl.cdiv(last, trips)):
         book, piece = p // PIECES, p % PIECES
         entry_ptr = book_ptr + book * (ENTRIES * GROUP) + piece * PIECE
-        if INLINE and ROW > 0:
-            copy_book(entry_ptr, PIECE, GROUP, ROW)
-        elif INLINE:
-            WHERE: tl.constexpr = "mov.b64 book, $1; mov.u32 $0, 0;"
-            tl.inline_asm_elementwise(WHERE, "=r,l", [entry_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+        if INLINE:
+            copy_book(entry_ptr, PIECE, GROUP)
         for t in range(tl.maximum(first - p * trips, 0), tl.minimum(last - p * trips, trips)):
             code = tl.load(code_ptr + (book * trips + t) * BLOCK_STRIDE.to(tl.int64) + code_at)
-            w = elements(entry_ptr, code, PIECE, GROUP, ROW, INLINE)
+            w = elements(entry_ptr, code, PIECE, GROUP, INLINE)
             sums = ()
             for u in tl.static_range(UNITS):
                 inside = (m + u * UNIT < M)[None, :]
