@@ -82,8 +82,11 @@ class Shape:
 
 
 def shape_of(m: int, group: int, x: str) -> Shape:
-    """By rule. float32 tokens, which take twice the room, were not timed. Two warps: of four that have weights on the left Triton
-    3.9 makes an instruction of the warp group, for which tokens go through shared memory."""
+    """By rule. float32 tokens, which take twice the room, were not timed.
+
+    Two warps where weights are on the left: of four, Triton 3.9 makes an instruction of the warp group, for which tokens go
+    through shared memory.
+    """
     if x == "float32":
         return Shape(bn=64 if group > 4 else 128)
     if m <= 8:
