@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant.checkpoint import layers_on_disk, read_config
+from quant.kernels.reference import Reference
 from quant.models import Entry, index, read_json
 from quant.plan import Plan
 
@@ -39,9 +40,11 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
         console.print(f"  {count:3} x " + "  ".join(texts).rstrip())
     for name, reason in plan.selection.kept.items():
         console.print(f"kept in float: {name}: {reason}")
-    for kernel, (count, refusals) in plan.kernels(torch_device(device)).items():
-        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-        console.print(f"kernel on {device}: {kernel} for {count} layers" + (f" ({why})" if why else ""))
+    kind = torch_device(device)
+    own = "gpu_" if kind == "cuda" else f"{kind}_"
+    for kernel, (count, refusals) in plan.kernels(kind).items():
+        why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if name.startswith(own))
+        console.print(f"kernel on {device}: {kernel} for {count} layers" + (f" ({why})" if kernel == Reference.name else ""))
     bits = 8 * plan.packed_bytes() / plan.packed_weights()
     console.print(f"packed linears: {plan.packed_weights():,} weights at {bits:.3f} bits, {megabytes(plan.packed_bytes())}")
     if plan.masking is not None:
