@@ -237,7 +237,7 @@ def test_codebooks_are_right_on_every_instruction_set(books: int, group: int, k:
     assert torch.equal(fmt.dequantize(picked).double(), weight[[70, 3]])
     try:
         for m in (1, 2, 3, 4, 5, 17, 64, 100, *([1537] if books == 3 else [])):
-            for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.5e-3)):
+            for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
                 x = torch.randn(m, k).to(dtype)
                 wanted = x.double() @ weight.t()
                 for isa in available:
