@@ -22,17 +22,21 @@ from quant.stats import InputStats
 class Pass(Quantizer):
     """sweeps: of codes, codebooks and scales, at most. rounds: of conjugate gradients on the codebooks in each.
 
-    tolerance: gain of a sweep below which it was the last. shrink: see `search.shrunk`.
+    tolerance: gain of a sweep below which it was the last. shrink: see `search.shrunk`. damp: of the mean diagonal, added to
+    it, so that channels that no token has reached keep their nearest entries.
     """
 
     sweeps: int = Field(6, ge=1)
     rounds: int = Field(8, ge=1)
     tolerance: float = Field(0.01, ge=0)
     shrink: float = Field(0.2, ge=0, le=1)
+    damp: float = Field(1e-3, gt=0)
 
     def refuses(self, fmt: Format) -> str | None:
         return None if isinstance(fmt, Codebook) else f"aqlm writes codebook, not {fmt.name}; use gptq or rtn"
 
     def quantize(self, weight: Tensor, stats: InputStats, fmt: Format) -> Codes:
         assert isinstance(fmt, Codebook)
-        return fit(weight, shrunk(stats.gram, self.shrink), fmt, self.sweeps, self.rounds, self.tolerance)
+        gram = shrunk(stats.gram, self.shrink)
+        gram.diagonal().add_(self.damp * float(gram.diagonal().mean()) or 1.0)  # without data the weights alone count
+        return fit(weight, gram, fmt, self.sweeps, self.rounds, self.tolerance)

@@ -86,7 +86,7 @@ def test_rows_of_a_weight_are_a_weight(fmt: Format) -> None:
 @every
 def test_memory_layout_of_the_codes_does_not_matter(fmt: Format) -> None:
     codes = fmt.nearest(weights())
-    strided = type(codes)(codes.codes.T.contiguous().T, codes.params)
+    strided = type(codes)(codes.codes.transpose(0, 1).contiguous().transpose(0, 1), codes.params)
     assert torch.equal(fmt.pack(strided)["weight_packed"], fmt.pack(codes)["weight_packed"])
 
 

@@ -14,6 +14,7 @@ from quant.kernels.format import Codes
 from quant.kernels.formats.codebook import Codebook
 from quant.kernels.formats.int_group import IntGroup
 from quant.passes import aqlm, gptq
+from quant.stats import InputStats
 
 FORMATS = [Codebook(books=1, group=4), Codebook(books=2, group=8)]
 formats = pytest.mark.parametrize("fmt", FORMATS, ids=["1x8g4", "2x8g8"])
@@ -78,3 +79,20 @@ def test_codebooks_lose_less_than_gptq_of_more_bits(make_layer: Callable[..., An
     coded = fmt.dequantize(aqlm.Pass(shrink=0).quantize(layer.weight, layer.stats, fmt))
     plain = grid.dequantize(gptq.Pass().quantize(layer.weight, layer.stats, grid))
     assert layer.output_error(coded) < 0.95 * layer.output_error(plain)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_channels_without_data_are_near_their_entries(share: float, make_layer: Callable[..., Any]) -> None:
+    """Some, and all of them."""
+    fmt, layer = FORMATS[0], make_layer(n=96)
+    silent = int(share * layer.x.shape[1])
+    x = layer.x.clone()
+    x[:, :silent] = 0
+    stats = InputStats.empty(x.shape[1], torch.device("cpu"), drift=False)
+    stats.add(x.unsqueeze(0), None, None)
+    stats.finish()
+    codes = aqlm.Pass().quantize(layer.weight, stats, fmt)
+    vectors = (layer.weight / codes.params["weight_scale"])[:, :silent].reshape(-1, fmt.group)
+    book = codes.params["codebook"][0].float()
+    chosen = book[codes.codes[:, : silent // fmt.group, 0].flatten().long()]
+    assert (vectors - chosen).norm() < 1.05 * torch.cdist(vectors, book).amin(1).norm()  # codebooks move once more after codes
