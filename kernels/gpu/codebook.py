@@ -35,12 +35,15 @@ from quant.kernels.gpu.plan import (
     NO_TOKENS,
     POINTER,
     Arguments,
-    combine_step,
+    combined,
+    dense_with,
     output,
     padded,
     program,
+    result,
+    row_scaled,
 )
-from quant.kernels.gpu.program import Plan, Scratch, Step, Value, run
+from quant.kernels.gpu.program import Plan, Step, Value
 
 BN, BK = 64, 128  # of the program that makes the weight dense
 CODES = 32  # of a row in a block, which one trip multiplies: the fewest bytes that fill the MMA
@@ -114,15 +117,12 @@ def plan(
     """The launches of a weight [N, K] and tokens of dtype `x`, K and the books in `splits` parts."""
     piece = min(group, shape.piece)
     word = 1 if x == "float32" else min(piece, WORD)
-    scaled: Arguments = [
-        ("row_scale_ptr", "*fp32", "row_scale"),
-        ("bias_ptr", POINTER[bias or "float32"], "bias" if bias else ""),
-    ]
+    scaled = row_scaled(bias)
     arguments: Arguments = [
         ("x_ptr", POINTER[x], "x"),
         *weight_arguments(x),
         *scaled,
-        ("y_ptr", "*fp32" if splits > 1 else output(x), "partial" if splits > 1 else "y"),
+        result(x, splits),
         ("M", "i32", "M"),
         ("N", "i32", n),
         ("X_STRIDE", "i32", padded(k) // word),
@@ -146,11 +146,9 @@ def plan(
         "INLINE": target == "cuda",
     }
     built, bound = program("codebook_gemm", arguments, constants, shape.warps, shape.stages(group, x), True)
-    steps = [Step(program=built, arguments=bound, rows=shape.bm, columns=shape.bn, splits=splits, n=n)]
-    if splits == 1:
-        return Plan(steps=tuple(steps), scratch=())
-    steps += [combine_step("*fp32", [("x_scale_ptr", "*fp32", ""), *scaled], x, n, splits)]
-    return Plan(steps=tuple(steps), scratch=(Scratch(name="partial", dtype="float32", per_token=splits * n),))
+    step = Step(program=built, arguments=bound, rows=shape.bm, columns=shape.bn, splits=splits, n=n)
+    steps, scratch = combined(step, [("x_scale_ptr", "*fp32", ""), *scaled], x)
+    return Plan(steps=tuple(steps), scratch=tuple(scratch))
 
 
 @functools.lru_cache(1024)
@@ -169,8 +167,7 @@ def dense_plan(n: int, k: int, books: int, group: int, x: str) -> Plan:
     constants: dict[str, Value] = {"GROUP": group, "BOOKS": books, "BT": CODES, "BN": BN, "BK": BK}
     built, bound = program("codebook_dense", arguments, constants, 4, 1, False)
     step = Step(program=built, arguments=bound, rows=NO_TOKENS, columns=BN, splits=-(-k // BK), n=n)
-    kind = "int16" if x == "bfloat16" else x
-    return Plan(steps=(step,), scratch=(Scratch(name="dense", dtype=kind, fixed=n * k),), dense=True)
+    return dense_with(step, x, k)
 
 
 def parts(m: int, n: int, k: int, books: int, group: int, shape: Shape, processors: int) -> int:
@@ -198,18 +195,14 @@ def multiply(
         splits = parts(m, n, k, books, group, shape, processors)
         steps = plan(n, k, books, group, name, bias_type, shape, splits, target)
         x = torch.nn.functional.pad(x, (0, padded(k) - k)) if padded(k) > k else x
-    known = {"x": x, "codes": codes, "book": book, "rounded": rounded, "row_scale": row_scale}
-    known |= {"bias": bias} if bias is not None else {}
-    run(steps, known | {"y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}, m)
-    return y
+    return launch.compute(steps, x, bias, {"codes": codes, "book": book, "rounded": rounded, "row_scale": row_scale}, y)
 
 
 @torch.library.custom_op("lowbit::gpu_codebook", mutates_args=(), device_types="cuda")
 def gpu_codebook(x: Tensor, codes: Tensor, book: Tensor, rounded: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
     """As `multiply`, on x's device."""
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        _, processors = launch.device_facts(x.get_device())
-        return multiply(x, codes, book, rounded, row_scale, bias, processors)
+    _, processors = launch.device_facts(x.get_device())
+    return multiply(x, codes, book, rounded, row_scale, bias, processors)
 
 
 @gpu_codebook.register_fake

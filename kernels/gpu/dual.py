@@ -36,13 +36,16 @@ from quant.kernels.gpu.plan import (
     NO_TOKENS,
     POINTER,
     Arguments,
-    combine_step,
+    combined,
+    dense_with,
     output,
     padded,
     program,
+    result,
+    row_scaled,
     stride,
 )
-from quant.kernels.gpu.program import Plan, Scratch, Step, Value, run
+from quant.kernels.gpu.program import Plan, Step, Value
 
 ROWS, UNIT, FIRST_BIT = 8, 16, 7  # as in `jit/dual.py`
 SHARED = ROWS * UNIT  # rows in UNIT columns
@@ -109,15 +112,12 @@ def pointers(per_row: bool) -> Arguments:
 def plan(n: int, k: int, group: int, x: str, bias: str | None, bm: int, splits: int, target: str = "cuda") -> Plan:
     """The launches of a weight [N, K] and tokens of dtype `x`, `bm` of them at a time, K in `splits` parts."""
     span, per_row = span_of(group), group == -1
-    scaled: Arguments = [
-        ("row_scale_ptr", "*fp32", "row_scale"),
-        ("bias_ptr", POINTER[bias or "float32"], "bias" if bias else ""),
-    ]
+    scaled = row_scaled(bias)
     arguments: Arguments = [
         ("x_ptr", POINTER[x], "x"),
         *pointers(per_row),
         *scaled,
-        ("y_ptr", "*fp32" if splits > 1 else output(x), "partial" if splits > 1 else "y"),
+        result(x, splits),
         ("M", "i32", "M"),
         ("N", "i32", n),
         ("K", "i32", padded(k)),
@@ -138,11 +138,9 @@ def plan(n: int, k: int, group: int, x: str, bias: str | None, bm: int, splits: 
         "INLINE": target == "cuda",
     }
     built, bound = program("dual_gemm", arguments, constants, 2, 3, True)
-    steps = [Step(program=built, arguments=bound, rows=bm, columns=ROWS * BU, splits=splits, n=n)]
-    if splits == 1:
-        return Plan(steps=tuple(steps), scratch=())
-    steps += [combine_step("*fp32", [("x_scale_ptr", "*fp32", ""), *scaled], x, n, splits)]
-    return Plan(steps=tuple(steps), scratch=(Scratch(name="partial", dtype="float32", per_token=splits * n),))
+    step = Step(program=built, arguments=bound, rows=bm, columns=ROWS * BU, splits=splits, n=n)
+    steps, scratch = combined(step, [("x_scale_ptr", "*fp32", ""), *scaled], x)
+    return Plan(steps=tuple(steps), scratch=tuple(scratch))
 
 
 @functools.lru_cache(1024)
@@ -158,8 +156,7 @@ def dense_plan(n: int, k: int, group: int, x: str) -> Plan:
     ]
     built, bound = program("dual_dense", arguments, {"SPAN": span, "BU": BU}, 4, 1, False)
     step = Step(program=built, arguments=bound, rows=NO_TOKENS, columns=ROWS * BU, splits=-(-k // span), n=n)
-    kind = "int16" if x == "bfloat16" else x
-    return Plan(steps=(step,), scratch=(Scratch(name="dense", dtype=kind, fixed=n * padded(k)),), dense=True)
+    return dense_with(step, x, padded(k))
 
 
 def parts(m: int, n: int, k: int, group: int, x: str, processors: int) -> tuple[int, int]:
@@ -185,18 +182,14 @@ def multiply(
         target = "cuda" if x.is_cuda else "interpreter"
         steps = plan(n, k, group, name, bias_type, *parts(m, n, k, group, name, processors), target)
     x = torch.nn.functional.pad(x, (0, padded(k) - k)) if padded(k) > k else x
-    known = {"x": x, "weight": weight, "words": words, "row_scale": row_scale}
-    known |= {"bias": bias} if bias is not None else {}
-    run(steps, known | {"y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}, m)
-    return y
+    return launch.compute(steps, x, bias, {"weight": weight, "words": words, "row_scale": row_scale}, y)
 
 
 @torch.library.custom_op("lowbit::gpu_dual", mutates_args=(), device_types="cuda")
 def gpu_dual(x: Tensor, weight: Tensor, words: Tensor, row_scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     """As `multiply`, on x's device."""
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        _, processors = launch.device_facts(x.get_device())
-        return multiply(x, weight, words, row_scale, bias, group, processors)
+    _, processors = launch.device_facts(x.get_device())
+    return multiply(x, weight, words, row_scale, bias, group, processors)
 
 
 @gpu_dual.register_fake

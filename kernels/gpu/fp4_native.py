@@ -21,8 +21,8 @@ from quant.kernels.dispatch import Kernel, MatmulSpec, Prepared, register
 from quant.kernels.format import Fields
 from quant.kernels.formats.fp4_block import BLOCKS, Fp4Block
 from quant.kernels.gpu import deployed, launch
-from quant.kernels.gpu.plan import POINTER, Arguments, combine_step, output, program
-from quant.kernels.gpu.program import Plan, Scratch, Step, Value, run
+from quant.kernels.gpu.plan import POINTER, Arguments, combined, program, result, row_scaled
+from quant.kernels.gpu.program import Plan, Scratch, Step, Value
 
 TOKENS_BLOCK = 2048  # elements of a token per program
 BN, BK = 128, 256  # rows of the tensor core's tile; 128 bytes of a row of codes
@@ -48,29 +48,23 @@ def tokens_step(k: int, kind: str, x: str, four_six: bool) -> Step:
 def plan(n: int, k: int, kind: str, x: str, bias: str | None, four_six: bool, bm: int, splits: int) -> Plan:
     """The launches of a weight [N, K] and tokens of dtype `x`, `bm` of them at a time, K in `splits` parts."""
     group = BLOCKS[kind]
-    scaled: Arguments = [
-        ("row_scale_ptr", "*fp32", "row_scale"),
-        ("bias_ptr", POINTER[bias or "float32"], "bias" if bias else ""),
-    ]
+    scaled = row_scaled(bias)
     arguments: Arguments = [
         ("q_ptr", "*u8", "q"),
         ("q_scale_ptr", "*u8", "q_scale"),
         ("w_ptr", "*u8", "weight"),
         ("w_scale_ptr", "*u8", "scale"),
         *scaled,
-        ("y_ptr", "*fp32" if splits > 1 else output(x), "partial" if splits > 1 else "y"),
+        result(x, splits),
         ("M", "i32", "M"),
         ("N", "i32", n),
         ("K", "i32", k),
     ]
     built, bound = program("fp4_gemm", arguments, {"GROUP": group, "SPLIT": splits, "BM": bm, "BN": BN, "BK": BK}, 4, 3, True)
-    steps = [tokens_step(k, kind, x, four_six)]
-    steps += [Step(program=built, arguments=bound, rows=bm, columns=BN, splits=splits, n=n)]
+    step = Step(program=built, arguments=bound, rows=bm, columns=BN, splits=splits, n=n)
+    steps, partial = combined(step, [("x_scale_ptr", "*fp32", ""), *scaled], x)
     scratch = [Scratch(name="q", dtype="uint8", per_token=k // 2), Scratch(name="q_scale", dtype="uint8", per_token=k // group)]
-    if splits > 1:
-        steps += [combine_step("*fp32", [("x_scale_ptr", "*fp32", ""), *scaled], x, n, splits)]
-        scratch += [Scratch(name="partial", dtype="float32", per_token=splits * n)]
-    return Plan(steps=tuple(steps), scratch=tuple(scratch))
+    return Plan(steps=(tokens_step(k, kind, x, four_six), *steps), scratch=(*scratch, *partial))
 
 
 def parts(m: int, n: int, k: int, processors: int) -> tuple[int, int]:
@@ -98,11 +92,9 @@ def multiply(
     kind = "mxfp4" if divisor is None else "nvfp4"
     bias_type = None if bias is None else launch.dtype_name(bias.dtype)
     steps = plan(n, k, kind, launch.dtype_name(x.dtype), bias_type, four_six, *parts(m, n, k, processors))
-    known = {"x": x, "weight": weight, "scale": scale, "row_scale": row_scale}
-    known |= {"divisor": divisor} if divisor is not None else {}
-    known |= {"bias": bias} if bias is not None else {}
-    run(steps, known | {"y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}, m)
-    return y
+    tensors = {"weight": weight, "scale": scale, "row_scale": row_scale}
+    tensors |= {"divisor": divisor} if divisor is not None else {}
+    return launch.compute(steps, x, bias, tensors, y)
 
 
 @torch.library.custom_op("lowbit::gpu_fp4_native", mutates_args=(), device_types="cuda")
@@ -110,9 +102,8 @@ def gpu_fp4_native(
     x: Tensor, weight: Tensor, scale: Tensor, row_scale: Tensor, divisor: Tensor | None, bias: Tensor | None, four_six: bool
 ) -> Tensor:
     """As `multiply`, on x's device."""
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        _, processors = launch.device_facts(x.get_device())
-        return multiply(x, weight, scale, row_scale, divisor, bias, four_six, processors)
+    _, processors = launch.device_facts(x.get_device())
+    return multiply(x, weight, scale, row_scale, divisor, bias, four_six, processors)
 
 
 @gpu_fp4_native.register_fake

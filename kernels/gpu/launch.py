@@ -75,14 +75,21 @@ def matmul(
         steps = plan(layer, m, arch, processors, "cuda" if x.is_cuda else "interpreter")
     if not POLICIES[layer.policy].integer and layer.width > layer.k:
         x = torch.nn.functional.pad(x, (0, layer.width - layer.k))
+    return compute(steps, x, bias, tensors, y, start)
+
+
+def compute(
+    steps: Plan, x: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor], y: Tensor, start: Launch = jit
+) -> Tensor:
+    """y, written by the launches of a plan for the tokens x; tensors: what else they are given, by name."""
     known = {**tensors, "x": x, "y": y.view(torch.int16) if y.dtype == torch.bfloat16 else y}
     if bias is not None:
         known["bias"] = bias
     if x.is_cuda:
         with torch.cuda.device(x.device):  # Triton launches on the current device
-            run(steps, known, m, start)
+            run(steps, known, len(x), start)
     else:
-        run(steps, known, m)
+        run(steps, known, len(x))
     return y
 
 

@@ -101,13 +101,22 @@ def quantize_step(layer: Layer) -> Step:
     return Step(program=built, arguments=bound, rows=1)
 
 
+def row_scaled(bias: str | None) -> Arguments:
+    """What multiplies and adds to a row's sums. bias: its dtype."""
+    return [
+        ("row_scale_ptr", "*fp32", "row_scale"),
+        ("bias_ptr", POINTER[bias or "float32"], "bias" if bias else ""),
+    ]
+
+
 def epilogue(layer: Layer) -> Arguments:
     scaled = POLICIES[layer.policy].integer or layer.token_scale
-    return [
-        ("x_scale_ptr", "*fp32", "x_scale" if scaled else ""),
-        ("row_scale_ptr", "*fp32", "row_scale"),
-        ("bias_ptr", POINTER[layer.bias or "float32"], "bias" if layer.bias else ""),
-    ]
+    return [("x_scale_ptr", "*fp32", "x_scale" if scaled else ""), *row_scaled(layer.bias)]
+
+
+def result(x: str, splits: int, sums: str = "float32") -> tuple[str, str, str | int]:
+    """Where a product of tokens goes whose K is in `splits` parts: y in the dtype `x`, or partial sums."""
+    return "y_ptr", POINTER[sums] if splits > 1 else output(x), "partial" if splits > 1 else "y"
 
 
 def stride(name: str, value: int) -> tuple[str, str, str | int]:
@@ -119,13 +128,13 @@ def gemm_step(layer: Layer, tile: Tile, splits: int, target: str) -> Step:
     which the interpreter gets wrong."""
     policy, variant = POLICIES[layer.policy], layer.variant
     words = policy.words(layer.groups)
-    sums = "*i32" if policy.integer else "*fp32"
+    sums = "int32" if policy.integer else "float32"
     arguments: Arguments = [
         ("x_ptr", "*i8" if policy.integer else POINTER[layer.x], "codes" if policy.integer else "x"),
         ("w_ptr", "*u8", "weight"),
         ("word_ptr", "*i32", "words" if words else ""),
         *epilogue(layer),
-        ("y_ptr", sums if splits > 1 else output(layer.x), "partial" if splits > 1 else "y"),
+        result(layer.x, splits, sums),
         ("M", "i32", "M"),
         ("N", "i32", layer.n),
         ("K", "i32", layer.width),
@@ -163,6 +172,20 @@ def combine_step(sums: str, scaled: Arguments, x: str, n: int, splits: int) -> S
     return Step(program=built, arguments=bound, rows=rows, columns=columns, n=n)
 
 
+def combined(step: Step, scaled: Arguments, x: str, sums: str = "float32") -> tuple[list[Step], list[Scratch]]:
+    """A product, and where it leaves partial sums what adds them. scaled: as `epilogue`; x: dtype of the output."""
+    if step.splits == 1:
+        return [step], []
+    scratch = Scratch(name="partial", dtype=sums, per_token=step.splits * step.n)
+    return [step, combine_step(POINTER[sums], scaled, x, step.n, step.splits)], [scratch]
+
+
+def dense_with(step: Step, x: str, width: int) -> Plan:
+    """The plan of a step that makes the weight dense [N, width] in the dtype `x`."""
+    kind = "int16" if x == "bfloat16" else x
+    return Plan(steps=(step,), scratch=(Scratch(name="dense", dtype=kind, fixed=step.n * width),), dense=True)
+
+
 def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Plan:
     """The launches for given parameters."""
     steps: list[Step] = []
@@ -171,12 +194,9 @@ def plan_with(layer: Layer, tile: Tile, splits: int, target: str = "cuda") -> Pl
         steps.append(quantize_step(layer))
         scratch.append(Scratch(name="codes", dtype="int8", per_token=layer.width))
         scratch.append(Scratch(name="x_scale", dtype="float32", per_token=1))
-    steps.append(gemm_step(layer, tile, splits, target))
-    if splits > 1:
-        sums = "int32" if POLICIES[layer.policy].integer else "float32"
-        scratch.append(Scratch(name="partial", dtype=sums, per_token=splits * layer.n))
-        steps.append(combine_step(POINTER[sums], epilogue(layer), layer.x, layer.n, splits))
-    return Plan(steps=tuple(steps), scratch=tuple(scratch))
+    sums = "int32" if POLICIES[layer.policy].integer else "float32"
+    product, partial = combined(gemm_step(layer, tile, splits, target), epilogue(layer), layer.x, sums)
+    return Plan(steps=(*steps, *product), scratch=(*scratch, *partial))
 
 
 def weight_constants(layer: Layer, target: str) -> dict[str, Value]:
@@ -211,8 +231,7 @@ def dense_plan(layer: Layer, target: str = "cuda") -> Plan:
     constants = weight_constants(layer, target) | {"BN": DENSE_ROWS, "INLINE": target == "cuda"}
     built, bound = program("dequantize", arguments, constants, 4, 1, False)
     step = Step(program=built, arguments=bound, rows=NO_TOKENS, columns=DENSE_ROWS, splits=layer.blocks, n=layer.n)
-    kind = "int16" if layer.x == "bfloat16" else layer.x
-    return Plan(steps=(step,), scratch=(Scratch(name="dense", dtype=kind, fixed=layer.n * layer.width),), dense=True)
+    return dense_with(step, layer.x, layer.width)
 
 
 def goes_dense(layer: Layer, m: int) -> bool:
