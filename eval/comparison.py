@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from quant.eval.compare import Made, Row
+from quant.eval.compare import Cost, Made, Row
 from quant.eval.drawing import pyplot
 from quant.eval.judge import Measured
 from quant.eval.tables import pm, table_of
@@ -99,14 +99,14 @@ def write_json(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
-    """Bits per weight against mean KL, and against the perplexity ratio or the change of the word error rate."""
+def draw(model: str, about: str, rows: Sequence[Row], path: Path, cost: Cost) -> None:
+    """The cost against mean KL, and against the perplexity ratio or the change of the word error rate."""
     plot = pyplot()
     ready = done(rows)
     if not ready:
         return
     names = [name for name, _, _ in ready]
-    bits = [made.bits_per_weight for _, made, _ in ready]
+    costs = [cost.of(made) for _, made, _ in ready]
     panels = [("mean KL divergence (nats)", "log", [(got.kl_mean, got.kl_error or 0) for *_, got in ready])]
     if ready[0][2].ratio is not None:
         panels.append(("perplexity / float", "log", [(got.ratio or 0, got.ratio_error or 0) for *_, got in ready]))
@@ -117,22 +117,24 @@ def draw(model: str, about: str, rows: Sequence[Row], path: Path) -> None:
     for axis, (title, scale, found) in zip(axes[0], panels, strict=True):
         values = [value for value, _ in found]
         axis.set_yscale(scale)
-        best = sorted(front(list(zip(bits, values, strict=True))), key=lambda i: bits[i])
-        axis.plot([bits[i] for i in best], [values[i] for i in best], color="tab:orange", linewidth=1.2, label="Pareto front")
-        axis.errorbar(bits, values, [error for _, error in found], fmt="none", ecolor="gray", elinewidth=0.8)
+        best = sorted(front(list(zip(costs, values, strict=True))), key=lambda i: costs[i])
+        axis.plot([costs[i] for i in best], [values[i] for i in best], color="tab:orange", linewidth=1.2, label="Pareto front")
+        axis.errorbar(costs, values, [error for _, error in found], fmt="none", ecolor="gray", elinewidth=0.8)
         rest = [i for i in range(len(ready)) if i not in best]
-        axis.scatter([bits[i] for i in rest], [values[i] for i in rest], color="tab:blue", zorder=3)
-        axis.scatter([bits[i] for i in best], [values[i] for i in best], color="tab:orange", edgecolor="black", zorder=3)
+        axis.scatter([costs[i] for i in rest], [values[i] for i in rest], color="tab:blue", zorder=3)
+        axis.scatter([costs[i] for i in best], [values[i] for i in best], color="tab:orange", edgecolor="black", zorder=3)
         axis.margins(0.15)
-        axis.set_xlabel("stored bits per weight of the packed linears")
+        axis.set_xscale(cost.scale)
+        axis.set_xlabel(cost.title)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
-        if scale == "log":
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+        for log, sides in ((scale == "log", axis.yaxis), (cost.scale == "log", axis.xaxis)):
+            if log:
+                sides.set_major_formatter("{x:g}")
+                sides.set_minor_formatter("{x:g}")
         named = range(len(ready)) if axis is axes[0][0] else best  # once is enough, where there are many
-        label(figure, axis, [(bits[i], values[i], names[i]) for i in named])
+        label(figure, axis, [(costs[i], values[i], names[i]) for i in named])
     figure.suptitle(f"{model}\n{about}", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
     plot.close(figure)

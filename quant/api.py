@@ -110,7 +110,7 @@ def compile_folder(
     predicted = forecast.peak_memory_bytes(plan)
     samples, calibration = make_samples(plan, device)
     work = Workspace(output, plan.identity(calibration)) if crew.main else None
-    report = {} if work is None else pack(plan, samples, calibration, work, device, listen)
+    report = {} if work is None else pack(plan, samples, calibration, work, device, listen, began)
     crew.wait()
     folder = partial_folder(output)
     final = folder / "final"
@@ -151,14 +151,32 @@ def train_all(
 
 
 def pack(
-    plan: Plan, samples: list[Sample], calibration: str, work: Workspace, device: torch.device, listen: Listener
+    plan: Plan,
+    samples: list[Sample],
+    calibration: str,
+    work: Workspace,
+    device: torch.device,
+    listen: Listener,
+    since: float,
 ) -> dict[str, Any]:
-    """Quantize all blocks and write a folder that loads, `final` in the workspace; returns what report.json says so far."""
+    """Quantize all blocks and write a folder that loads, `final` in the workspace; returns what report.json says so far.
+
+    since: when the run began, by time.monotonic.
+    """
     resumed = len(work.reports)
     try:
         table = run_table(plan, work)
-        passes, weights = plan.recipe.build_passes(), plan.weights()
-        make = partial(run_block, plan, samples=samples, passes=passes, weights=weights, device=device, folder=work.folder)
+        passes = plan.recipe.build_passes()
+        make = partial(
+            run_block,
+            plan,
+            samples=samples,
+            passes=passes,
+            weights=plan.weights(),
+            device=device,
+            folder=work.folder,
+            since=since,
+        )
         blocks = run_blocks(plan, samples, work, device, listen, passes, make)
     except BaseException:
         if not work.reports:

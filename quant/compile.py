@@ -178,10 +178,11 @@ def run_block(
     weights: Weights,
     device: torch.device,
     folder: Path,
+    since: float,
 ) -> tuple[BlockReport, Fields]:
     """Quantize one block; its chains are moved past it. Returns its report and its tensors by name on disk.
 
-    folder: where a BlockTuner has put what it measured on the float model.
+    folder: where a BlockTuner has put what it measured on the float model. since: when the run began, by time.monotonic.
     """
     began = time.monotonic()
     block = copy.deepcopy(plan.model.get_submodule(name))
@@ -233,7 +234,7 @@ def run_block(
                 old = view.linear(target.name).weight.detach()
                 packed.weights[target.name] = by_matrix(old, target.activation.rotate)
             packed.layers[target.name] = install(block, target, codes, name)
-    pace = block_pace(plan, folder, time.monotonic() - began, bool(plan.recipe.tuners()))
+    pace = block_pace(plan, folder, since, began, bool(plan.recipe.tuners()))
     trained = [tuner.tune(packed, folder, pace) for tuner in tuners]
     fields = finished(plan, packed, targets, view.changed, weights, device)
     return BlockReport(name, time.monotonic() - began, layers, refused, trained, view.folds), fields
@@ -260,15 +261,16 @@ def finished(
     return fields
 
 
-def block_pace(plan: Plan, folder: Path, fixed: float, more: bool) -> Pace | None:
-    """The time for the training of a block, of a recipe with a budget; fixed: seconds that the rest of the block took.
+def block_pace(plan: Plan, folder: Path, since: float, began: float, more: bool) -> Pace | None:
+    """The time for the training of a block, of a recipe with a budget; since, began: when the run and when the block did.
 
     more: whether training follows the blocks.
     """
     budget = plan.recipe.seconds()
     if budget is None:
         return None
-    return Pace(block_seconds(budget, plan.blocks, fixed, more), folder / "block-steps.json")
+    seconds = block_seconds(budget - (began - since), plan.blocks, time.monotonic() - began, more)
+    return Pace(seconds, folder / "block-steps.json")  # which the first block writes, when nothing but it was done before
 
 
 def quantize_members(

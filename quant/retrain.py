@@ -73,7 +73,7 @@ def retrain(
     tuners = [step for step in more.build_passes() if isinstance(step, BlockTuner)]
     if work is not None:
         if tuners:
-            train_blocks(plan, folder, tuners, samples, work, report, device, listen, bool(more.tuners()))
+            train_blocks(plan, folder, tuners, samples, work, report, device, listen, began, bool(more.tuners()))
         shutil.rmtree(final, ignore_errors=True)
         shutil.copytree(folder, final)
         made = Weights(work.folder, work.made())
@@ -106,12 +106,13 @@ def train_blocks(
     report: dict[str, Any],
     device: torch.device,
     listen: Listener,
+    since: float,
     more: bool,
 ) -> None:
     """Train the blocks of `folder` one after another into `work`, and write to `report`.
 
-    more: whether training follows the blocks. Raises ValueError where a pass folded weights: the checkpoint's are not those
-    that were packed.
+    since: when the run began. more: whether training follows the blocks. Raises ValueError where a pass folded weights: the
+    checkpoint's are not those that were packed.
     """
     folds = [step.name() for step in plan.recipe.build_passes() if isinstance(step, Transform)]
     if folds:
@@ -125,7 +126,7 @@ def train_blocks(
     before = {block["name"]: BlockReport.read(block) for block in report["blocks"]}
 
     def make(name: str, chains: dict[str, Chain]) -> tuple[BlockReport, Fields]:
-        return train_block(name, chains, before[name], plan, stored, samples, tuners, device, work.folder, more)
+        return train_block(name, chains, before[name], plan, stored, samples, tuners, device, work.folder, since, more)
 
     blocks = run_blocks(plan, samples, work, device, listen, list(tuners), make)
     report["blocks"] = [asdict(block) for block in blocks]

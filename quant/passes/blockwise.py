@@ -39,17 +39,17 @@ class Pass(BlockTuner):
     def tune(self, block: PackedBlock, folder: Path, pace: Pace | None) -> dict[str, Any]:
         from quant.train.block import Rates, Reconstruction, Schedule
 
-        rates = Rates(codes=self.codes, scales=self.scales, vectors=self.vectors)
+        rates, penalty = Rates(codes=self.codes, scales=self.scales, vectors=self.vectors), self.penalty(block, folder)
         training = Reconstruction(block, rates, self.same)
         schedule = Schedule(
-            steps=self.steps if pace is None else pace.steps(lambda: training.gradient([0] * self.windows, None)),
+            steps=self.steps if pace is None else training.fitting(pace, self.windows, self.held, self.looks, penalty),
             windows=self.windows,
             held=self.held,
             looks=self.looks,
             patience=self.patience,
             seed=torch.initial_seed(),  # of this block, however the run got to it
         )
-        outcome = training.fit(schedule, self.penalty(block, folder))
+        outcome = training.fit(schedule, penalty)
         training.finish()
         return {
             "steps": schedule.steps,

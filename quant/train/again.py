@@ -30,12 +30,13 @@ def train_block(
     tuners: list[BlockTuner],
     device: torch.device,
     folder: Path,
+    since: float,
     more: bool,
 ) -> tuple[BlockReport, Fields]:
     """Train one block by `tuners`; the chains are moved past it. Returns its report and its tensors by name on disk.
 
     before: what the packed folder reports of the block; stored: its tensors. folder: where tuners keep what they measured.
-    more: whether training follows the blocks.
+    since: when the run began, by time.monotonic. more: whether training follows the blocks.
     """
     began = time.monotonic()
     block, weights = copy.deepcopy(plan.model.get_submodule(name)), plan.weights()
@@ -51,7 +52,7 @@ def train_block(
         fields = {key: stored.read(f"{disk}.{key}").to(device) for key in target.fields()}
         packed.weights[target.name] = by_matrix(old, target.activation.rotate)
         packed.layers[target.name] = install(block, target, fields, name)
-    pace = block_pace(plan, folder, time.monotonic() - began, more)
+    pace = block_pace(plan, folder, since, began, more)
     trained = [tuner.tune(packed, folder, pace) for tuner in tuners]
     fields = finished(plan, packed, targets, set(), weights, device)
     seconds = before.seconds + time.monotonic() - began

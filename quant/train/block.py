@@ -13,9 +13,10 @@ Memory is that of one block, about 32 bytes a weight where codes move, and the a
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from quant.linear import PackedLinear
 from quant.train.latent import Latent
 from quant.train.layer import Trained
 from quant.train.schedule import BETAS, EPSILON, share_of_rate, vector_rate
+
+if TYPE_CHECKING:
+    from quant.train.pace import Pace
 
 
 @dataclass
@@ -180,6 +184,26 @@ class Reconstruction:
         for layer in self.layers.values():
             layer.collect()
         return total
+
+    def fitting(self, pace: Pace, windows: int, held: int, looks: int, penalty: Penalty | None) -> int:
+        """The steps that `pace` has time for, beside the looks at held-out samples and the pass that moves the chain on."""
+        if self.adam is None:
+            return 0
+        began = time.monotonic()
+        loss = self.look(held)
+        sample = (time.monotonic() - began) / held
+        if penalty is not None:
+            penalty.begin(self.layers, loss)
+
+        def once() -> None:
+            self.gradient([0] * windows, penalty)
+            self.move(1.0)
+
+        kept = self.state()
+        steps = pace.steps(once, sample * ((looks + 2) * held + len(self.block.samples)))
+        self.restore(kept)
+        self.adam.state.clear()
+        return steps
 
     def fit(self, schedule: Schedule, penalty: Penalty | None = None) -> Outcome:
         """Train. Raises ValueError where there are too few samples to keep some from training."""

@@ -36,14 +36,14 @@ class Pace:
     seconds: float
     file: Path
 
-    def steps(self, once: Callable[[], object]) -> int:
-        """The number of steps; once: what a step does, without a trace."""
+    def steps(self, once: Callable[[], object], besides: float = 0.0) -> int:
+        """The number of steps; once: what a step does. besides: seconds that the training takes however many they are."""
         if self.file.is_file():
             return int(json.loads(self.file.read_text(encoding="utf-8")))
         once()  # the first one makes its buffers
         began = time.monotonic()
         once()
-        steps = fitting(self.seconds, time.monotonic() - began)
+        steps = fitting(self.seconds - besides, time.monotonic() - began)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text(json.dumps(steps), encoding="utf-8")

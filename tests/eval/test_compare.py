@@ -169,6 +169,28 @@ def test_kept_models_are_the_measured_ones(run: Callable[..., int], tmp_path: Pa
         assert row["measured"]["reference_perplexity"] == pytest.approx(evaluated["reference_perplexity"], rel=1e-6)
 
 
+def test_a_packed_folder_is_measured_as_it_is(
+    run: Callable[..., int], tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tmp_path / "found.json"
+    assert run("gptq:format.bits=3", "--keep", str(tmp_path / "kept"), "--json", str(found)) == 0
+    first = json.loads(found.read_text())["rows"][0]
+    kept = tmp_path / "kept" / "gptq-format.bits-3"
+    monkeypatch.setattr(api, "compile_folder", never)
+    assert run(f"packed = {kept},{kept}", "--json", str(found)) == 0
+    rows = json.loads(found.read_text())["rows"]
+    assert [(row["recipe"], row["cached"]) for row in rows] == [("packed", False), (str(kept), True)]
+    for row in rows:
+        assert row["measured"] == first["measured"]
+        assert row["made"] == first["made"]
+    report = json.loads((kept / "report.json").read_text())
+    (kept / "report.json").write_text(json.dumps(report | {"source": "another"}))
+    assert run(str(kept)) == 2
+    assert f"{kept} was made of another, and {llama} is compared" in capsys.readouterr().err
+    assert run(f"{kept}:format.bits=2") == 2
+    assert "packed already; give them to a recipe" in capsys.readouterr().err
+
+
 def test_a_kept_reference_gives_the_very_logits(llama: Path) -> None:
     model = loading.load(llama, torch.float32, "cpu")
     windows = torch.randint(0, 320, (3, 50), generator=torch.Generator().manual_seed(0))
@@ -213,8 +235,10 @@ def test_the_figure_is_written_with_many_close_points(tmp_path: Path) -> None:
         for i in range(8)
     ]
     rows.append(Row(recipe="broken", failed="why"))
-    comparison.draw("model", "data", rows, tmp_path / "f.png")
-    assert (tmp_path / "f.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for cost in compare.COSTS.values():
+        comparison.draw("model", "data", rows, tmp_path / "f.png", cost)
+        assert (tmp_path / "f.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        (tmp_path / "f.png").unlink()
 
 
 def test_nothing_is_computed_for_a_place_that_cannot_be_written(tmp_path: Path) -> None:

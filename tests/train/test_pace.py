@@ -42,6 +42,12 @@ def test_steps_are_chosen_once(tmp_path: Path) -> None:
     assert again.steps(lambda: None) == pace.steps(lambda: None)
 
 
+def test_what_comes_besides_the_steps_takes_from_their_time(tmp_path: Path) -> None:
+    pace = Pace(1.0, tmp_path / "steps.json")
+    assert pace.steps(lambda: time.sleep(0.02), besides=0.6) <= 20
+    assert Pace(1.0, tmp_path / "other.json").steps(lambda: time.sleep(0.02), besides=2.0) == LEAST
+
+
 def test_a_budget_ends_in_a_recipe_that_needs_no_clock(llama: Path, tiny: ModuleType, tmp_path: Path) -> None:
     passes = [{"gptq": None}, {"blockwise": {"held": 2}}, {"distill": {"windows": 1, "held": 2}}]
     text = {"name": "t", "description": "t", "format": {"name": "int_group", "bits": 2, "group": 32}, "activation": "none"}
