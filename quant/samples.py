@@ -101,7 +101,8 @@ def speech_samples(plan: Plan, device: torch.device) -> tuple[list[Sample], str]
     for features, target in zip(audio.features(processor, clips), ids, strict=True):
         mel = features.input_features.to(device, compute_dtype(device))
         frames = mel.shape[-1] // audio.ENCODER_STRIDE
-        mask: Tensor = (torch.arange(frames, device=device) < features.frames).unsqueeze(0)
+        speech: Tensor = (torch.arange(frames, device=device) < features.frames).unsqueeze(0)
+        mask = torch.where(speech, 1.0, wanted.padding_weight)
         samples.append(Sample({"input_features": mel, "decoder_input_ids": target.view(1, -1).to(device)}, {frames: mask}))
     seconds = sum(clip.seconds for clip in clips)
     taught = sum(clip.text is not None for clip in clips)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +20,9 @@ from transformers import (
 )
 
 from quant.audio import SAMPLE_RATE, clips, features, prefix, targets
+from quant.plan import make_plan
+from quant.recipe import load_recipe
+from quant.samples import make_samples
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 END, START, ENGLISH, GERMAN, TRANSCRIBE, TRANSLATE, NO_TIMES = range(len(LETTERS), len(LETTERS) + 7)
@@ -146,6 +149,19 @@ def test_valid_frames_cover_the_samples(tmp_path: Path, processor: SimpleNamespa
     (made,) = features(processor, clips(tmp_path))
     assert made.input_features.shape == (1, 80, 3000)
     assert made.frames == frames
+
+
+def test_padded_frames_weigh_what_the_recipe_says(tiny: ModuleType, tmp_path: Path) -> None:
+    source, speech = tiny.whisper_folder(tmp_path / "float"), tiny.clips_folder(tmp_path / "clips")
+    for weight in (0.0, 0.25):
+        sets = [f"calibration.source={speech}", f"calibration.padding_weight={weight}", "head=null"]
+        samples, _ = make_samples(make_plan(str(source), load_recipe("dgq", sets)), torch.device("cpu"))
+        for sample, clip in zip(samples, clips(speech), strict=True):
+            (mask,) = sample.masks.values()
+            spoken = -(-len(clip.samples) // 320)
+            assert 0 < spoken < mask.shape[1]
+            assert torch.equal(mask[0, :spoken], torch.ones(spoken))
+            assert torch.equal(mask[0, spoken:], torch.full((mask.shape[1] - spoken,), weight))
 
 
 def test_targets_of_a_transcript(tmp_path: Path, processor: SimpleNamespace, model: WhisperForConditionalGeneration) -> None:
