@@ -44,7 +44,7 @@ def block_training_bytes(plan: Plan, weights: int) -> int:
 
 
 def training_bytes(plan: Plan) -> int:
-    """Of end-to-end training: both models, dense weights with gradients, one sample's activations and logits.
+    """Of end-to-end training: both models, dense weights with gradients, one sample's activations, logits, attention maps.
 
     SmolLM2-135M with windows of 512 tokens: 3.0 GB; the process, libraries included, peaked at 3.6 GB.
     """
@@ -53,11 +53,13 @@ def training_bytes(plan: Plan) -> int:
     length = plan.recipe.calibration.length
     inner = sum(t.k + t.n for t in plan.targets.values())  # channels that are kept of each token for the backward pass
     compute = compute_dtype(torch.device("cpu")).itemsize
+    maps = max(tuner.maps for tuner in plan.recipe.tuners())
     total: int = (
         compute * params
         + 4 * (params - packed)
         + (2 * compute + 1) * packed
         + length * 4 * (2 * inner + 7 * int(config.vocab_size))
+        + maps * int(config.num_hidden_layers) * int(config.num_attention_heads) * length**2 * 4
     )
     return total
 

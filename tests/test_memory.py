@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quant.cli import main
 
 
-def quantize(tiny: ModuleType, folder: Path, layers: int) -> dict[str, Any]:
-    """report.json's totals of a dgq run, in a process of its own, over a random Llama of 512 channels."""
+def quantize(tiny: ModuleType, folder: Path, layers: int, recipe: str = "dgq", *sets: str) -> dict[str, Any]:
+    """report.json's totals of a run, in a process of its own, over a random Llama of 512 channels."""
     config = LlamaConfig(
         vocab_size=tiny.WORDS,
         hidden_size=512,
@@ -30,7 +30,7 @@ def quantize(tiny: ModuleType, folder: Path, layers: int) -> dict[str, Any]:
     text = folder / "text.txt"
     text.write_text(tiny.SENTENCE * 60)
     command = [sys.executable, "-m", "quant.cli", str(folder / "source"), "-o", str(folder / "out"), "--calib", str(text)]
-    command += [f"--set={override}" for override in tiny.SMALL]
+    command += ["--recipe", recipe, *(f"--set={override}" for override in (*tiny.SMALL, *sets))]
     subprocess.run([*command, "--quiet"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     totals: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())["totals"]
     return totals
@@ -44,6 +44,13 @@ def test_peak_memory_does_not_grow_with_depth_and_is_foretold(tiny: ModuleType, 
     assert deep["peak_memory_bytes"] < 1.1 * shallow["peak_memory_bytes"]
     for totals in (shallow, deep):
         assert 0.75 < totals["predicted_peak_memory_bytes"] / totals["peak_memory_bytes"] < 1.25
+
+
+def test_attention_maps_are_foretold(tiny: ModuleType, tmp_path: Path) -> None:
+    sets = [f"edgeqat.{key}=1" for key in ("steps", "held", "windows", "looks")]
+    data = ["calibration.tokens=1024", "calibration.length=512", "dgq.sweeps=0"]
+    totals = quantize(tiny, tmp_path, 4, "edgeqat-w4a8", *sets, *data)
+    assert 0.85 < totals["predicted_peak_memory_bytes"] / totals["peak_memory_bytes"] < 1.15  # 0.79 without the maps
 
 
 def test_the_plan_prints_the_forecast(tiny: ModuleType, tmp_path: Path, capsys: Any) -> None:

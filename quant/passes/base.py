@@ -135,6 +135,11 @@ Tell = Callable[[int, int, float], None]  # training steps done, of how many, an
 class Tuner(BasePass, ABC):
     """Changes numbers in a folder of packed tensors, never their names, shapes or dtypes."""
 
+    @property
+    def maps(self) -> int:
+        """How many tensors of the size of an attention map [heads, tokens, tokens] it holds at once, for every layer."""
+        return 0
+
     @abstractmethod
     def tune(
         self, folder: Path, plan: Plan, device: torch.device, state: Path, tell: Tell, pace: Pace | None

@@ -30,6 +30,10 @@ class Pass(distill.Pass):
     distribution: float = Field(1.0, ge=0)
     form: Form = "cosine"
 
+    @property
+    def maps(self) -> int:
+        return 7 if self.entropy or self.distribution else 0  # measured: SmolLM2-135M, windows of 512, 6.7 GB instead of 4.8
+
     def objective(self, teacher: Any, student: Student) -> Objective | None:
         from quant.train.attention import Guided
 
