@@ -31,7 +31,7 @@ class Calibration(Frozen):
     mask_token: of a masked-diffusion model; null: what its config.json says; none: plain text. visible_weight: of errors at
     positions that are not masked, where those that are weigh 1 (quant/masked.py). padding_weight: of errors at the frames that
     pad a clip, where speech weighs 1. Attention reads those frames too: GPTQ that never saw them makes 8-bit Whisper tiny.en
-    worse than round-to-nearest (mean KL 0.0035; 0.0021 with weights of 0.1 to 1), and with 1 silence is most of the data.
+    worse than round-to-nearest (mean KL 0.0035; 0.0021 with weights of 0.1 to 1), and with 1 most of the data is silence.
     """
 
     tokens: int = Field(default=32768, ge=1)
@@ -40,7 +40,7 @@ class Calibration(Frozen):
     expert_tokens: int = Field(default=32, ge=1)
     mask_token: int | Literal["none"] | None = None
     visible_weight: float = Field(default=1.0, gt=0, le=1)
-    padding_weight: float = Field(default=0.3, ge=0, le=1)
+    padding_weight: float = Field(default=0.1, ge=0, le=1)
     source: str | None = None
 
 
