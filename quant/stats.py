@@ -24,7 +24,7 @@ class InputStats:
     sample_absmax: per calibration sequence, the absmax of each channel: a list of [K].
     token_absmax: the absmax of each token: a list of [tokens].
     rows: a few whole tokens of each sequence, evenly spread: a list of [up to `kept`, K].
-    tokens: tokens seen, padding excluded. mass: the sum of their weights.
+    tokens: tokens seen, those without weight excluded. mass: the sum of their weights.
     divided, offset: what folds have done to the channels since: they were X divided + offset, [K]; None before the first.
     data: False where these were too few to go by: then gram is the identity, and errors of outputs are errors of weights.
     total, drift_total: sums over tokens of w X and of w (X_float - X), [K].
