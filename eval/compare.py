@@ -8,7 +8,6 @@ that is packed already, by a longer chain of commands say, is measured as it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, load_recipe
 from quant.resources import usable_device
 from quant.samples import data_identity
+from quant.wheels import cache_folder, sha256
 
 OPEN, CLOSED = "[{(", "]})"
 NAMED = " = "  # after the name under which an entry is shown
@@ -161,7 +161,7 @@ class Bench:
         source = loading.source(folder)
         if source is None or not same_model(source, self.given):
             raise ValueError(f"{folder} was made of {source}, and {self.given} is compared; give folders made of it")
-        key = identity_of([[digest(path) for path in sorted(folder.glob("*.safetensors"))], self.judge.identity])
+        key = identity_of([[sha256(path) for path in sorted(folder.glob("*.safetensors"))], self.judge.identity])
         result = self.cache / f"{key}.json"
         if result.is_file() and not self.fresh:
             return known(entry, result)
@@ -185,12 +185,6 @@ def known(entry: str, result: Path) -> Row:
     """The row of a result that was written before."""
     found = loading.read_json(result)
     return Row(recipe=entry, made=Made(**found["made"]), measured=Measured(**found["measured"]), cached=True)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def same_model(one: str, other: str) -> bool:
@@ -260,7 +254,6 @@ def command(
     from quant.eval import comparison
     from quant.eval.evaluate import read_windows, require_data
     from quant.models import model_class, resolve
-    from quant.wheels import cache_folder
 
     loading.quiet()
     sets = [*overrides, *([f"calibration.source={json.dumps(calib)}"] if calib else [])]

@@ -189,6 +189,8 @@ class Reconstruction:
         """The steps that `pace` has time for, beside the looks at held-out samples and the pass that moves the chain on."""
         if self.adam is None:
             return 0
+        if (chosen := pace.known()) is not None:  # by the first block: the others need not look and undo a step for it
+            return chosen
         began = time.monotonic()
         loss = self.look(held)
         sample = (time.monotonic() - began) / held
@@ -200,7 +202,7 @@ class Reconstruction:
             self.move(1.0)
 
         kept = self.state()
-        steps = pace.steps(once, sample * ((looks + 2) * held + len(self.block.samples)))
+        steps = pace.steps(once, sample * ((looks + 1) * held + len(self.block.samples)))
         self.restore(kept)
         self.adam.state.clear()
         return steps

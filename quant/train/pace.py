@@ -36,10 +36,14 @@ class Pace:
     seconds: float
     file: Path
 
+    def known(self) -> int | None:
+        """The number of steps, where it was chosen before."""
+        return int(json.loads(self.file.read_text(encoding="utf-8"))) if self.file.is_file() else None
+
     def steps(self, once: Callable[[], object], besides: float = 0.0) -> int:
         """The number of steps; once: what a step does. besides: seconds that the training takes however many they are."""
-        if self.file.is_file():
-            return int(json.loads(self.file.read_text(encoding="utf-8")))
+        if (chosen := self.known()) is not None:
+            return chosen
         once()  # the first one makes its buffers
         began = time.monotonic()
         once()
