@@ -29,6 +29,7 @@ SMALL = ["calibration.tokens=512", "calibration.length=64", "calibration.source=
 # of recipes that train: fewer steps, too
 SHORT = {
     "db-llm": ["blockwise.steps=8", "distill.steps=8"],
+    "distill-nvfp4-w4a4": ["distill.steps=8"],
     "distill-w4a16": ["distill.steps=8"],
     "edgeqat-w4a4": ["edgeqat.steps=4", "token_bits.length=64"],
     "edgeqat-w4a8": ["edgeqat.steps=4"],
