@@ -1,7 +1,8 @@
 """`quantize --recipe auto --bits B`: the recipe that measures best within B stored bits per weight, tried on this model.
 
-Candidates are the shipped recipes whose own format fits B, and, for those that multiply unrounded activations by int_group
-weights, a mix of formats of at most B bits (quant/budget.py). Each is run for real, on little calibration data, on a few
+Candidates are the shipped recipes whose own format fits B and takes more than FEWEST of it, and, for those that multiply
+unrounded activations by int_group weights, a mix of formats of at most B bits (quant/budget.py). Recipes that train take hours
+to try, and are left out: what is chosen can be trained afterwards. Each is run for real, on little calibration data, on a few
 blocks spread over the depth while the others stay in float, and the KL divergence of the whole model is measured on a
 few windows or clips. Few blocks are a different part of what each candidate loses in all, so
 
@@ -35,6 +36,7 @@ from quant.samples import data_identity, preprocessor
 from quant.targets import families
 from quant.wheels import cache_folder
 
+FEWEST = 2 / 3  # no recipe makes up for a third of the bits
 BLOCKS = 3  # of each stack that a trial quantizes
 CALIBRATION = {"tokens": 8192, "clips": 8}  # of a trial
 WINDOWS, CLIPS = 4, 6  # that a trial is measured on; windows as long as the calibration's
@@ -87,17 +89,23 @@ def choose(given: str, bits: float | None, sets: Sequence[str], device: torch.de
 def candidates(given: str, bits: float, sets: Sequence[str], device: torch.device, say: Say) -> dict[str, Plan]:
     """Plans by name: shipped recipes that fit into `bits`, and mixes of those that can be mixed."""
     found: dict[str, Plan] = {}
+    trained = []
     for name in available():
         try:
             recipe = load_recipe(name, sets)
+            if recipe.trains():
+                trained.append(name)
+                continue
             plan = make_plan(given, recipe)
-            if 8 * plan.packed_bytes() / plan.packed_weights() <= bits:
+            if FEWEST * bits < 8 * plan.packed_bytes() / plan.packed_weights() <= bits:
                 found[name] = plan
             exact = all(target.activation.name == "none" for target in plan.targets.values())
             if exact and isinstance(recipe.base_format(), IntGroup):
                 found[f"{name}:bits={bits:g}"] = make_plan(given, load_recipe(name, [*sets, f"bits={bits}"]), say, device)
         except ValueError as error:
             say(f"  {name} cannot be tried: {error}")
+    if trained:
+        say(f"not tried, since they train: {', '.join(trained)}")
     return found
 
 

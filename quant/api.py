@@ -200,8 +200,8 @@ def pack(
 def block_steps(plan: Plan, report: dict[str, Any]) -> dict[str, int]:
     """How many steps the trainings of a block took, by pass."""
     names = [step.name() for step in plan.recipe.build_passes() if isinstance(step, BlockTuner)]
-    trained = report["blocks"][0]["trained"] if names else []
-    return {name: entry["steps"] for name, entry in zip(names, trained, strict=True)}
+    trained = next((block["trained"] for block in report["blocks"] if block["trained"]), None)
+    return {} if trained is None else {name: entry["steps"] for name, entry in zip(names, trained, strict=True)}
 
 
 def make_report(

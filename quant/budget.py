@@ -3,11 +3,13 @@
 Every family of layers that serving stacks fuse gets one int_group format out of widths BITS and groups GROUPS. What a format
 costs a layer is the predicted KL divergence of quant/sensitivity.py, for the error that the recipe's own quantizer leaves:
 
-    KL(format) = KL(round-to-nearest error)  x  KL(quantizer's error) / KL(round-to-nearest error) on some rows of some blocks
+    KL(format) = KL(round-to-nearest error)  x  factor(reference)  x  factor(format) / factor(reference),
+    factor     = KL(quantizer's error) / KL(round-to-nearest error), on some rows;  reference: 3 bits, G = 64
 
-The second factor is measured on every STRIDE-th block and taken from the same kind of layer elsewhere, since it depends on
-the format far more than on the depth. Predictions of different layers are added. Nothing but the weights and a few calibration
-samples is read; the measurements are kept in the cache, so another budget for the same model costs nothing.
+The first factor is measured in every layer (it differs two-fold among layers of one kind), the ratio of factors in every
+STRIDE-th block and taken from the same kind of layer elsewhere (it differs by a tenth or two). Predictions of different layers
+are added. Nothing but the weights and a few calibration samples is read; the measurements are kept in the cache, so another
+budget for the same model costs nothing.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ from quant.targets import Target, families, refusal
 from quant.wheels import cache_folder
 
 GROUPS = (32, 64, 128)
-TOKENS, CLIPS = 4096, 8  # of the calibration data that sensitivities are measured on
-ROWS = 256  # of a layer, evenly spread, that round-to-nearest is tried on; the quantizer takes QUANTIZED of them
+TOKENS, LENGTH, CLIPS = 8192, 512, 8  # of the calibration data that sensitivities are measured on: many short windows
+ROWS = 256  # of a layer that round-to-nearest is tried on; the quantizer takes QUANTIZED of them
 QUANTIZED = 64
 STRIDE = 5
-REVISION = 2  # of what is measured: results of another one are not used
+REVISION = 3  # of what is measured: results of another one are not used
 
 Say = Callable[[str], None]
 Losses = dict[str, dict[Format, float]]  # first layer of a family -> format -> predicted KL, nats per token
@@ -107,6 +109,11 @@ def candidates(plan: Plan, family: list[Target]) -> list[IntGroup]:
     return [f for f in found if not any(refusal(replace(t, format=f), quantizer) for t in family)]
 
 
+def reference(formats: list[IntGroup]) -> IntGroup:
+    """The one nearest to 3 bits in groups of 64."""
+    return min(formats, key=lambda fmt: (abs(fmt.bits - 3), abs(fmt.group - 64)))
+
+
 def mix(plan: Plan, losses: Losses, bits: float) -> Mix:
     """The formats that lose least within `bits`. Raises ValueError when even the smallest do not fit."""
     free = free_families(plan)
@@ -131,7 +138,8 @@ def measured(plan: Plan, device: torch.device, say: Say) -> Losses:
     """Predicted losses of all free families, from the cache or measured now."""
     for family in free_families(plan):
         candidates(plan, family)  # a format that cannot be mixed is refused before anything is computed
-    few = plan.recipe.calibration.model_copy(update={"tokens": TOKENS, "clips": CLIPS})
+    wanted = plan.recipe.calibration
+    few = wanted.model_copy(update={"tokens": TOKENS, "length": min(LENGTH, wanted.length), "clips": CLIPS})
     small = replace(plan, recipe=plan.recipe.model_copy(update={"bits": None, "calibration": few}))
     facts = [REVISION, small.identity(data_identity(small)), GROUPS, ROWS, QUANTIZED, STRIDE]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -158,28 +166,31 @@ def measure(plan: Plan, device: torch.device, say: Say) -> Losses:
     quantizer = plan.recipe.quantizer()
     free = free_families(plan)
     nearest: Losses = {}
-    factors: dict[tuple[str, Format], list[float]] = {}  # kind of layer, format -> quantizer's loss / round-to-nearest's
+    own: dict[str, float] = {}  # first layer of a family -> factor of its reference format
+    others: dict[tuple[str, Format], list[float]] = {}  # kind of layer, format -> factor over that of the reference format
     seen: dict[str, int] = {}
 
     def tell(done: int, total: int) -> None:
         if done % 10 == 0 or done == total:
             say(f"[{done}/{total}] blocks measured")
 
-    for block in feelings(plan, samples, device, tell):
+    for block in feelings(plan, samples, ROWS, device, tell):
         for family in (f for f in free if f[0].name in block):
-            kind = every_number(family[0].name)
-            trial = seen.get(kind, 0) % STRIDE == 0
-            seen[kind] = seen.get(kind, 0) + 1
+            name, kind, formats = family[0].name, every_number(family[0].name), candidates(plan, family)
             felt = [turned(block[target.name], target.activation.rotate) for target in family]
-            for fmt in candidates(plan, family):
-                loss = sum(lost(some, fmt, None) for some in (sampled(x, ROWS) for x in felt))
-                nearest.setdefault(family[0].name, {})[fmt] = loss
-                if trial:
-                    few = [sampled(x, QUANTIZED) for x in felt]
-                    ratio = sum(lost(x, fmt, quantizer) for x in few) / max(sum(lost(x, fmt, None) for x in few), 1e-30)
-                    factors.setdefault((kind, fmt), []).append(ratio)
+            nearest[name] = {fmt: sum(lost(x, fmt, None) for x in felt) for fmt in formats}
+            few = [x.sampled(QUANTIZED) for x in felt]
+
+            def factor(fmt: Format, few: list[Feeling] = few) -> float:
+                return sum(lost(x, fmt, quantizer) for x in few) / max(sum(lost(x, fmt, None) for x in few), 1e-30)
+
+            own[name] = factor(reference(formats))
+            if seen.get(kind, 0) % STRIDE == 0:
+                for fmt in formats:
+                    others.setdefault((kind, fmt), []).append(factor(fmt) / max(own[name], 1e-30))
+            seen[kind] = seen.get(kind, 0) + 1
     losses = {
-        name: {fmt: loss * geometric_mean(factors[every_number(name), fmt]) for fmt, loss in options.items()}
+        name: {fmt: loss * own[name] * geometric_mean(others[every_number(name), fmt]) for fmt, loss in options.items()}
         for name, options in nearest.items()
     }
     for name in (family[0].name for family in free if family[0].name not in losses):  # experts that no token reached
@@ -199,23 +210,11 @@ def lost(felt: Feeling, fmt: Format, quantizer: Quantizer | None) -> float:
     return max(felt.divergence(felt.weight - fmt.dequantize(codes)), 0.0)
 
 
-def sampled(felt: Feeling, count: int) -> Feeling:
-    """Some rows of a layer, evenly spread, that stand for all: their weights in the loss sum to those of all rows."""
-    n = len(felt.weight)
-    if n <= count:
-        return felt
-    rows = torch.linspace(0, n - 1, count, device=felt.weight.device).round().long()
-    part = felt.fisher[rows]
-    return replace(felt, weight=felt.weight[rows], fisher=part * (felt.fisher.sum() / part.sum().clamp_min(1e-30)))
-
-
 def turned(felt: Feeling, size: int) -> Feeling:
     """The layer as the quantizer meets it, its input channels rotated in blocks of `size`."""
     if not size:
         return felt
-    return replace(
-        felt, weight=by_matrix(felt.weight, size), gram=rotate_gram(felt.gram, size), felt=rotate_gram(felt.felt, size)
-    )
+    return Feeling(by_matrix(felt.weight, size), rotate_gram(felt.gram, size), by_matrix(felt.grads, size))
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -235,7 +235,7 @@ def run_block(
                 packed.weights[target.name] = by_matrix(old, target.activation.rotate)
             packed.layers[target.name] = install(block, target, codes, name)
     pace = block_pace(plan, folder, since, began, bool(plan.recipe.tuners()))
-    trained = [tuner.tune(packed, folder, pace) for tuner in tuners]
+    trained = packed.train(tuners, folder, pace)
     fields = finished(plan, packed, targets, view.changed, weights, device)
     return BlockReport(name, time.monotonic() - began, layers, refused, trained, view.folds), fields
 

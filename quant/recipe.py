@@ -120,11 +120,15 @@ class Recipe(Frozen):
         """The passes that train the packed model, in order."""
         return [p for p in self.build_passes() if isinstance(p, base.Tuner)]
 
+    def trains(self) -> bool:
+        """Whether a pass trains blocks or the packed model."""
+        return any(isinstance(p, base.Tuner | base.BlockTuner) for p in self.build_passes())
+
     def seconds(self) -> float | None:
         """The time for the run, if one is given. Raises ValueError for a recipe that trains nothing."""
         if self.budget is None:
             return None
-        if not any(isinstance(p, base.Tuner | base.BlockTuner) for p in self.build_passes()):
+        if not self.trains():
             raise ValueError(f"recipe {self.name} trains nothing, so a budget of {self.budget} changes nothing; leave it out")
         return seconds_of(self.budget)
 

@@ -19,9 +19,9 @@ from quant.sensitivity import Feeling, feelings
 CPU = torch.device("cpu")
 
 
-def felt(plan: Plan) -> dict[str, Feeling]:
+def felt(plan: Plan, rows: int = 10_000) -> dict[str, Feeling]:
     found: dict[str, Feeling] = {}
-    for block in feelings(plan, make_samples(plan, CPU)[0], CPU, lambda done, total: None):
+    for block in feelings(plan, make_samples(plan, CPU)[0], rows, CPU, lambda done, total: None):
         found |= block
     return found
 
@@ -33,7 +33,9 @@ def plan(llama: Path, tiny: ModuleType) -> Plan:
 
 
 @torch.no_grad()
-def test_it_predicts_the_divergence_of_a_small_error(plan: Plan, llama: Path) -> None:
+@pytest.mark.parametrize("quiet", [False, True], ids=["anywhere", "where inputs are weak"])
+def test_it_predicts_the_divergence_of_a_small_error(quiet: bool, plan: Plan, llama: Path) -> None:
+    """Quantizers that know the inputs leave errors of the second sort."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -47,14 +49,18 @@ def test_it_predicts_the_divergence_of_a_small_error(plan: Plan, llama: Path) ->
         weight = model.get_submodule(name).weight
         kept = weight.clone()
         # rows of very different size, so that a wrong weighting of rows shows
-        error = 0.02 * kept.std() * torch.randn(kept.shape, generator=draw) * torch.rand(len(kept), 1, generator=draw) ** 4 * 8
+        error = torch.randn(kept.shape, generator=draw) * torch.rand(len(kept), 1, generator=draw) ** 4 * 8
+        if quiet:
+            energy, axes = torch.linalg.eigh(feeling.gram)
+            error = error @ (axes * (energy + 0.01 * energy.mean()).rsqrt()) @ axes.T
+        error *= 0.02 * kept.norm() / error.norm()
         weight += error
         got = torch.log_softmax(model(ids).logits, -1)
         weight.copy_(kept)
         true.append(float((reference.exp() * (reference - got)).sum(-1).mean()))
         predicted.append(feeling.divergence(error))
     ratio = np.log(np.array(predicted) / np.array(true))
-    assert np.abs(ratio).max() < np.log(2)  # without the coherence of tokens, v_proj would be 5 times too low
+    assert np.abs(ratio).max() < np.log(2)  # tokens taken one by one would put v_proj 5 times too low
     assert abs(ratio.mean()) < np.log(1.2)
     assert np.corrcoef(np.log(predicted), np.log(true))[0, 1] > 0.9
 
@@ -80,5 +86,5 @@ def test_an_encoder_is_felt_through_the_decoder(tiny: ModuleType, clips: Path, t
     found = felt(plan)
     assert found.keys() == plan.targets.keys()
     for name, feeling in found.items():
-        assert feeling.fisher.isfinite().all(), name
-        assert float(feeling.fisher.sum()) > 0, name
+        assert feeling.grads.isfinite().all(), name
+        assert float(feeling.grads.norm()) > 0, name

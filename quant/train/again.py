@@ -53,7 +53,7 @@ def train_block(
         packed.weights[target.name] = by_matrix(old, target.activation.rotate)
         packed.layers[target.name] = install(block, target, fields, name)
     pace = block_pace(plan, folder, since, began, more)
-    trained = [tuner.tune(packed, folder, pace) for tuner in tuners]
+    trained = packed.train(tuners, folder, pace)
     fields = finished(plan, packed, targets, set(), weights, device)
     seconds = before.seconds + time.monotonic() - began
     return replace(before, seconds=seconds, trained=[*before.trained, *trained]), fields

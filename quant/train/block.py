@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,6 +30,7 @@ from quant.train.layer import Trained
 from quant.train.schedule import BETAS, EPSILON, share_of_rate, vector_rate
 
 if TYPE_CHECKING:
+    from quant.passes.base import BlockTuner
     from quant.train.pace import Pace
 
 
@@ -52,6 +55,10 @@ class PackedBlock:
         """Set what stands in the place of a linear."""
         parent, _, leaf = name.removeprefix(f"{self.name}.").rpartition(".")
         setattr(self.module.get_submodule(parent), leaf, layer)
+
+    def train(self, tuners: Sequence[BlockTuner], folder: Path, pace: Pace | None) -> list[dict[str, Any]]:
+        """What each of them reports; nothing for a block whose linears all stay in float."""
+        return [tuner.tune(self, folder, pace) for tuner in tuners] if self.layers else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from quant.cli import main
 from quant.eval import auto
@@ -18,9 +19,9 @@ from quant.recipe import load_recipe
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache for the tests of this file; rtn and gptq are the only recipes, to save time."""
+    """One cache for the tests of this file, and few recipes, to save time."""
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path_factory.getbasetemp() / "auto-cache"))
-    monkeypatch.setattr(auto, "available", lambda: {"rtn": "", "gptq": "", "w8a8": ""})
+    monkeypatch.setattr(auto, "available", lambda: {"rtn": "", "gptq": "", "w8a8": "", "distill-w4a16": ""})
 
 
 @pytest.fixture
@@ -45,6 +46,7 @@ def test_it_takes_the_best_within_the_budget(
     assert all(bits <= 4.5 for bits, _ in trials.values())
     best = min(trials, key=lambda name: trials[name][1])
     assert f"chosen: {best}, the least KL of 4 within 4.5 bits" in said
+    assert "not tried, since they train: distill-w4a16" in said
     assert best.startswith("gptq")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["totals"]["packed_bits_per_weight"] == pytest.approx(trials[best][0], abs=1e-3)
@@ -55,6 +57,11 @@ def test_it_takes_the_best_within_the_budget(
     monkeypatch.setattr(auto, "compile_folder", never)
     assert run("--bits", "4.5", "--plan") == 0
     assert f"chosen: {best}" in capsys.readouterr().out
+
+
+def test_recipes_of_far_fewer_bits_are_left_out(llama: Path, tiny: ModuleType) -> None:
+    found = auto.candidates(str(llama), 8.5, tiny.SMALL, torch.device("cpu"), lambda line: None)
+    assert found.keys() == {"w8a8", "rtn:bits=8.5", "gptq:bits=8.5"}
 
 
 def test_tried_blocks_are_spread(tiny: ModuleType, tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ def small(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-QUICK = {"steps": 6, "held": 2, "codes": 0.001, "samples": 2}
+QUICK_BLOCKS = {"steps": 6, "held": 2, "codes": 0.001}
+QUICK = {**QUICK_BLOCKS, "samples": 2}
 
 
 def bytes_of(small: Path, tiny: ModuleType, out: Path, file: str) -> bytes:
@@ -230,6 +231,14 @@ def test_a_killed_run_ends_with_the_same_bytes_and_memory_does_not_grow(
     assert bytes_of(small, tiny, tmp_path / "out", file) == whole
     blocks = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
     assert all(len(block["trained"]) == 1 for block in blocks)
+
+
+def test_a_block_in_float_is_passed_over(small: Path, tiny: ModuleType, tmp_path: Path) -> None:
+    skip = "rules=[{match: '*.layers.0.*', skip: true}]"
+    quant.quantize(str(small), recipe(tmp_path, "blockwise", QUICK_BLOCKS), tmp_path / "out", overrides=[*tiny.SMALL, skip])
+    first, second = json.loads((tmp_path / "out" / "report.json").read_text())["blocks"]
+    assert first["trained"] == []
+    assert second["trained"][0]["steps"] == 6
 
 
 def test_what_cannot_be_trained_is_one_line(small: Path, tiny: ModuleType, tmp_path: Path) -> None:
