@@ -14,7 +14,8 @@ rows where a block has many weights.
 
 A factor for outputs and one for inputs (K-FAC, Martens and Grosse, 2015) would take less memory, but a quantizer that knows
 the inputs leaves its error where they have little energy, and there tokens agree far less than in their mean: such factors
-put v_proj of SmolLM2-135M 2.6 times too high after GPTQ, and were right for round-to-nearest only.
+put v_proj of SmolLM2-135M 2.6 times too high after GPTQ, and were right for round-to-nearest only. (48 families of SmolLM2 at 3
+bits, one at a time: measured KL over predicted has a spread of 20 %, with factors 32 %.)
 """
 
 from __future__ import annotations
