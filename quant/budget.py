@@ -180,15 +180,15 @@ def measure(plan: Plan, device: torch.device, say: Say) -> Losses:
             felt = [turned(block[target.name], target.activation.rotate) for target in family]
             nearest[name] = {fmt: sum(lost(x, fmt, None) for x in felt) for fmt in formats}
             few = [x.sampled(QUANTIZED) for x in felt]
-
-            def factor(fmt: Format, few: list[Feeling] = few) -> float:
-                return sum(lost(x, fmt, quantizer) for x in few) / max(sum(lost(x, fmt, None) for x in few), 1e-30)
-
-            own[name] = factor(reference(formats))
-            if seen.get(kind, 0) % STRIDE == 0:
-                for fmt in formats:
-                    others.setdefault((kind, fmt), []).append(factor(fmt) / max(own[name], 1e-30))
+            trial, middle = seen.get(kind, 0) % STRIDE == 0, reference(formats)
             seen[kind] = seen.get(kind, 0) + 1
+            factors = {
+                fmt: sum(lost(x, fmt, quantizer) for x in few) / max(sum(lost(x, fmt, None) for x in few), 1e-30)
+                for fmt in (formats if trial else [middle])
+            }
+            own[name] = factors[middle]
+            for fmt, factor in factors.items() if trial else ():
+                others.setdefault((kind, fmt), []).append(factor / max(own[name], 1e-30))
     losses = {
         name: {fmt: loss * own[name] * geometric_mean(others[every_number(name), fmt]) for fmt, loss in options.items()}
         for name, options in nearest.items()

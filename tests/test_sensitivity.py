@@ -19,9 +19,9 @@ from quant.sensitivity import Feeling, feelings
 CPU = torch.device("cpu")
 
 
-def felt(plan: Plan, rows: int = 10_000) -> dict[str, Feeling]:
+def felt(plan: Plan) -> dict[str, Feeling]:
     found: dict[str, Feeling] = {}
-    for block in feelings(plan, make_samples(plan, CPU)[0], rows, CPU, lambda done, total: None):
+    for block in feelings(plan, make_samples(plan, CPU)[0], 10_000, CPU, lambda done, total: None):
         found |= block
     return found
 
