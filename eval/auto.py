@@ -23,12 +23,13 @@ import torch
 
 from quant import text
 from quant.api import compile_folder
-from quant.budget import Losses, measured
+from quant.budget import within
 from quant.eval import loading
 from quant.eval.judge import Judge, SpeechJudge, TextJudge
 from quant.eval.report import identity_of
 from quant.kernels.format import Format, fit_group
 from quant.kernels.formats.int_group import IntGroup
+from quant.losses import Losses, predicted
 from quant.models import resolve
 from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, available, load_recipe
@@ -66,7 +67,7 @@ def choose(given: str, bits: float | None, sets: Sequence[str], device: torch.de
     plans = candidates(given, bits, sets, device, say)
     if not plans:
         raise ValueError(f"no recipe packs this model in {bits:g} bits per weight; give more --bits")
-    losses = measured(make_plan(given, load_recipe("gptq", sets)), device, say)
+    losses = predicted([make_plan(given, load_recipe("gptq", sets))], device, say)[0]
     judge = small_judge(next(iter(plans.values())), device)
     say(f"trying {len(plans)} candidates on {BLOCKS} blocks of each stack; {judge.about}")
     trials: list[Trial] = []
@@ -76,7 +77,7 @@ def choose(given: str, bits: float | None, sets: Sequence[str], device: torch.de
         except (ValueError, RuntimeError) as error:
             say(f"  {name}: {' '.join(str(error).split())}")
             continue
-        found = Trial(name, plan.recipe, 8 * plan.packed_bytes() / plan.packed_weights(), kl, kl / share(plan, losses))
+        found = Trial(name, plan.recipe, plan.bits_per_weight(), kl, kl / share(plan, losses))
         say(f"  {name}: {found.bits:.3f} bits, KL {found.kl:.5f} in the tried blocks, about {found.whole:.4f} in all")
         trials.append(found)
     if not trials:
@@ -88,7 +89,8 @@ def choose(given: str, bits: float | None, sets: Sequence[str], device: torch.de
 
 def candidates(given: str, bits: float, sets: Sequence[str], device: torch.device, say: Say) -> dict[str, Plan]:
     """Plans by name: shipped recipes that fit into `bits`, and mixes of those that can be mixed."""
-    found: dict[str, Plan] = {}
+    fitting: dict[str, Plan] = {}
+    mixable: dict[str, Plan] = {}
     trained = []
     for name in available():
         try:
@@ -97,15 +99,30 @@ def candidates(given: str, bits: float, sets: Sequence[str], device: torch.devic
                 trained.append(name)
                 continue
             plan = make_plan(given, recipe)
-            if FEWEST * bits < 8 * plan.packed_bytes() / plan.packed_weights() <= bits:
-                found[name] = plan
-            exact = all(target.activation.name == "none" for target in plan.targets.values())
-            if exact and isinstance(recipe.base_format(), IntGroup):
-                found[f"{name}:bits={bits:g}"] = make_plan(given, load_recipe(name, [*sets, f"bits={bits}"]), say, device)
         except ValueError as error:
             say(f"  {name} cannot be tried: {error}")
+            continue
+        if FEWEST * bits < plan.bits_per_weight() <= bits:
+            fitting[name] = plan
+        exact = all(target.activation.name == "none" for target in plan.targets.values())
+        if exact and isinstance(recipe.base_format(), IntGroup):
+            mixable[name] = plan
     if trained:
         say(f"not tried, since they train: {', '.join(trained)}")
+    return fitting | mixes(mixable, bits, device, say)
+
+
+def mixes(plans: dict[str, Plan], bits: float, device: torch.device, say: Say) -> dict[str, Plan]:
+    """The plans with formats mixed to at most `bits`, by name; those that cannot be are told."""
+    found = {}
+    predicted(list(plans.values()), device, say)  # all in one backward pass; `within` then reads the cache
+    for name, plan in plans.items():
+        try:
+            found[f"{name}:bits={bits:g}"] = within(
+                replace(plan, recipe=plan.recipe.model_copy(update={"bits": bits})), device, say
+            )
+        except ValueError as error:
+            say(f"  {name}:bits={bits:g} cannot be tried: {error}")
     return found
 
 

@@ -222,7 +222,7 @@ def make_report(
             "kept_in_float": plan.selection.kept,
             "quantized_without_data": [layer.name for block in blocks for layer in block.layers if not layer.data],
             "packed_weights": plan.packed_weights(),
-            "packed_bits_per_weight": 8 * plan.packed_bytes() / plan.packed_weights(),
+            "packed_bits_per_weight": plan.bits_per_weight(),
             "head": None if table is None else asdict(table),
             "weight_files_bytes": plan.bytes_on_disk(),
             "source_weights_bytes": float_bytes,

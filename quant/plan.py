@@ -109,6 +109,10 @@ class Plan:
         """Number of weights in the packed linears of the blocks."""
         return sum(t.n * t.k for t in self.targets.values())
 
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the packed linears of the blocks, scales included."""
+        return 8 * self.packed_bytes() / self.packed_weights()
+
     def config_section(self) -> dict[str, Any]:
         """The quantization_config that goes into config.json."""
         packed = self.packed

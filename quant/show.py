@@ -45,7 +45,7 @@ def print_plan(console: Console, plan: Plan, device: str, output: Path) -> None:
     for kernel, (count, refusals) in plan.kernels(kind).items():
         why = "; ".join(f"{name}: {reason}" for name, reason in refusals.items() if name.startswith(own))
         console.print(f"kernel on {device}: {kernel} for {count} layers" + (f" ({why})" if kernel == Reference.name else ""))
-    bits = 8 * plan.packed_bytes() / plan.packed_weights()
+    bits = plan.bits_per_weight()
     console.print(f"packed linears: {plan.packed_weights():,} weights at {bits:.3f} bits, {megabytes(plan.packed_bytes())}")
     if plan.masking is not None:
         weight = recipe.calibration.visible_weight

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import quant
-from quant import budget
+from quant import budget, losses
 from quant.cli import main
 from quant.kernels.formats.int_group import IntGroup
 from quant.plan import Plan, make_plan
@@ -33,28 +34,24 @@ def planned(model: Path, tiny: ModuleType, bits: float | None, *sets: str, recip
     return make_plan(str(model), load_recipe(recipe, [*tiny.SMALL, *asked, *sets]))
 
 
-def bits_of(plan: Plan) -> float:
-    return 8 * plan.packed_bytes() / plan.packed_weights()
-
-
 def test_more_bits_lose_no_more_and_the_budget_holds(llama: Path, tiny: ModuleType) -> None:
     free = planned(llama, tiny, None)
-    losses = budget.measured(free, CPU, lambda line: None)
+    expected = losses.predicted([free], CPU, lambda line: None)[0]
     before = float("inf")
     for bits in (2.4, 2.6, 3.0, 3.25, 3.5, 4.0, 4.25, 4.6, 6.0, 8.0, 9.0):
-        plan, found = planned(llama, tiny, bits), budget.mix(free, losses, bits)
-        assert bits_of(plan) <= bits
-        assert bits_of(plan) == pytest.approx(found.bits)
+        plan, found = planned(llama, tiny, bits), budget.mix(free, expected, bits)
+        assert plan.bits_per_weight() <= bits
+        assert plan.bits_per_weight() == pytest.approx(found.bits)
         assert found.loss <= before
         before = found.loss
         for family in families(plan.targets):
             assert len({target.format for target in family}) == 1
-    assert bits_of(planned(llama, tiny, 3.5)) > 3.4  # and it is used
+    assert planned(llama, tiny, 3.5).bits_per_weight() > 3.4  # and it is used
 
 
 def test_finer_formats_are_predicted_to_lose_less(llama: Path, tiny: ModuleType) -> None:
-    losses = budget.measured(planned(llama, tiny, None), CPU, lambda line: None)
-    for options in losses.values():
+    expected = losses.predicted([planned(llama, tiny, None)], CPU, lambda line: None)[0]
+    for options in expected.values():
         by_bits = [
             min(loss for fmt, loss in options.items() if isinstance(fmt, IntGroup) and fmt.bits == b) for b in (2, 3, 4, 8)
         ]
@@ -67,12 +64,12 @@ def test_the_mix_is_measured_once(llama: Path, tiny: ModuleType, monkeypatch: py
     def never(*args: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(budget, "measure", never)
+    monkeypatch.setattr(losses, "measure", never)
     again = planned(llama, tiny, 3.5)
     assert again.targets == first.targets
     assert again.identity("") == first.identity("")
-    assert bits_of(planned(llama, tiny, 3.0)) <= 3.0
-    monkeypatch.setattr(budget, "measured", never)  # a resolved recipe needs no measurement at all
+    assert planned(llama, tiny, 3.0).bits_per_weight() <= 3.0
+    monkeypatch.setattr(budget, "predicted", never)  # a resolved recipe needs no measurement at all
     path = tmp_path / "resolved.yaml"
     path.write_text(first.recipe.dump())
     assert {n: t.format for n, t in make_plan(str(llama), load_recipe(str(path))).targets.items()} == {
@@ -80,10 +77,31 @@ def test_the_mix_is_measured_once(llama: Path, tiny: ModuleType, monkeypatch: py
     }
 
 
+def test_recipes_share_one_backward_pass(
+    llama: Path, tiny: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plans = [planned(llama, tiny, None, recipe=recipe) for recipe in ("gptq", "rtn", "quarot-gptq-w4a16")]
+    apart = [losses.predicted([plan], CPU, lambda line: None)[0] for plan in plans]
+    passes = []
+    feelings = losses.feelings
+
+    def counted(*args: Any) -> Any:
+        passes.append(args)
+        return feelings(*args)
+
+    monkeypatch.setattr(losses, "feelings", counted)
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "empty"))
+    assert losses.predicted(plans, CPU, lambda line: None) == apart
+    assert len(passes) == 1
+    assert losses.predicted(plans[::-1], CPU, lambda line: None) == apart[::-1]  # from the cache
+    assert len(passes) == 1
+    assert apart[0] != apart[1] != apart[2]
+
+
 def test_rules_are_obeyed_and_counted(llama: Path, tiny: ModuleType) -> None:
     rule = "rules=[{match: '*.down_proj', format: {bits: 8}}, {match: '*.0.self_attn.o_proj', skip: true}]"
     plan = planned(llama, tiny, 4.5, rule)
-    assert bits_of(plan) <= 4.5
+    assert plan.bits_per_weight() <= 4.5
     assert all(t.format.config()["bits"] == 8 for n, t in plan.targets.items() if n.endswith("down_proj"))
     assert "model.layers.0.self_attn.o_proj" not in plan.targets
     with pytest.raises(ValueError, match="give at least"):
