@@ -29,7 +29,7 @@ from quant.eval.judge import Judge, SpeechJudge, TextJudge
 from quant.eval.report import identity_of
 from quant.kernels.format import Format, fit_group
 from quant.kernels.formats.int_group import IntGroup
-from quant.losses import Losses, predicted
+from quant.losses import Losses, free_families, predicted
 from quant.models import resolve
 from quant.plan import Plan, make_plan
 from quant.recipe import Recipe, available, load_recipe
@@ -105,7 +105,7 @@ def candidates(given: str, bits: float, sets: Sequence[str], device: torch.devic
         if FEWEST * bits < plan.bits_per_weight() <= bits:
             fitting[name] = plan
         exact = all(target.activation.name == "none" for target in plan.targets.values())
-        if exact and isinstance(recipe.base_format(), IntGroup):
+        if exact and isinstance(recipe.base_format(), IntGroup) and free_families(plan):
             mixable[name] = plan
     if trained:
         say(f"not tried, since they train: {', '.join(trained)}")
@@ -117,10 +117,9 @@ def mixes(plans: dict[str, Plan], bits: float, device: torch.device, say: Say) -
     found = {}
     predicted(list(plans.values()), device, say)  # all in one backward pass; `within` then reads the cache
     for name, plan in plans.items():
+        wanted = replace(plan, recipe=plan.recipe.model_copy(update={"bits": bits}))
         try:
-            found[f"{name}:bits={bits:g}"] = within(
-                replace(plan, recipe=plan.recipe.model_copy(update={"bits": bits})), device, say
-            )
+            found[f"{name}:bits={bits:g}"] = within(wanted, device, lambda line, name=name: say(f"  {name}: {line}"))  # type: ignore[misc]
         except ValueError as error:
             say(f"  {name}:bits={bits:g} cannot be tried: {error}")
     return found

@@ -249,7 +249,6 @@ def finished(
     for layer_name, layer in packed.layers.items():
         disk = plan.layer_on_disk(layer_name)
         fields |= {f"{disk}.{key}": value.cpu() for key, value in layer.fields().items()}
-        layer.unpack()  # for one pass over the data; not worth a copy in huge pages, whose chunks would outlive the block
     created = {f"{t.name}.bias": f"{plan.layer_on_disk(t.name)}.bias" for t in targets.values() if t.new_bias}
     for param in sorted((changed | packed.changed | created.keys()) - {f"{t}.weight" for t in targets}):
         value = block.get_parameter(param.removeprefix(f"{name}."))
@@ -257,7 +256,10 @@ def finished(
             fields[created[param]] = value.detach().to(weights.dtype(created[param].removesuffix("bias") + "weight")).cpu()
         else:
             fields[plan.disk[param]] = value.detach().to(weights.dtype(plan.disk[param])).cpu()
-    advance(block.to(compute_dtype(device)), packed.inputs)
+    block.to(compute_dtype(device))
+    for layer in packed.layers.values():
+        layer.unpack()  # for one pass over the data; not worth a copy in huge pages, whose chunks would outlive the block
+    advance(block, packed.inputs)
     return fields
 
 

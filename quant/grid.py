@@ -9,15 +9,13 @@ Rounding methods (`rounding.py`) work on levels and know nothing else about a gr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quant.kernels.minifloat import Minifloat
-
-Nearest = Callable[[Tensor, int], Tensor]  # weights [N] of channel j in units of its step, overwritten -> their levels
+from quant.kernels.rounding import TWO_BITS, Levels
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class Grid(ABC):
     step: Tensor
 
     @abstractmethod
-    def nearest(self, order: Tensor) -> Nearest:
-        """The rounding rule of channels in the given order: j counts along `order`, int64 [K]."""
+    def rule(self, order: Tensor) -> Levels:
+        """The levels that there are in each channel, channels in the given order, int64 [K]."""
 
     @abstractmethod
     def levels(self, codes: Tensor) -> Tensor:
@@ -58,14 +56,8 @@ class Affine(Grid):
     zero: Tensor
     count: int
 
-    def nearest(self, order: Tensor) -> Nearest:
-        zero, top = self._by_channel(self.zero, order), self.count - 1
-
-        def nearest(u: Tensor, j: int) -> Tensor:
-            z = zero[j]
-            return u.round_().add_(z).clamp_(0, top).sub_(z)
-
-        return nearest
+    def rule(self, order: Tensor) -> Levels:
+        return Levels.integers(self._by_channel(self.zero, order), self.count)
 
     def levels(self, codes: Tensor) -> Tensor:
         return codes.float() - self._per_weight(codes)
@@ -86,8 +78,8 @@ class FloatGrid(Grid):
 
     kind: Minifloat
 
-    def nearest(self, order: Tensor) -> Nearest:
-        return lambda u, j: self.kind.round(u)
+    def rule(self, order: Tensor) -> Levels:
+        return Levels.floats(self.kind, self.steps(order))
 
     def levels(self, codes: Tensor) -> Tensor:
         return self.kind.decode(codes)
@@ -107,15 +99,8 @@ class Dual(Grid):
         """scales: [N, K // G, 2], none 0, a1 not smaller than a2 (`dual.ordered`)."""
         return cls(scales[..., 0], scales[..., 1] / scales[..., 0])
 
-    def nearest(self, order: Tensor) -> Nearest:
-        ratio = self._by_channel(self.ratio, order)
-
-        def nearest(u: Tensor, j: int) -> Tensor:
-            r = ratio[j]
-            first = (u >= (1 + r) / 2).to(u.dtype)
-            return first.add_(r * ((u - first) * r > r * r / 2))
-
-        return nearest
+    def rule(self, order: Tensor) -> Levels:
+        return Levels(TWO_BITS, self._by_channel(self.ratio, order))
 
     def levels(self, codes: Tensor) -> Tensor:
         return (codes & 1) + (codes >> 1) * self._per_weight(codes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.grid import Affine, Grid
+from quant.kernels.rounding import descend_block, gptq_block
 
 BLOCK = 128
 DESCENT_BLOCK = 64
@@ -60,18 +61,13 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool = True, da
     factor = inverse_factor(gram[order][:, order], damp)
     # Channels are rows here: each visit reads and writes contiguous memory.
     w = weight.T[order].contiguous()  # [K, N]
-    s, nearest = grid.steps(order), grid.nearest(order)
+    s, rule = grid.steps(order), grid.rule(order)
     levels = torch.empty_like(w)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            level = nearest(w[j] / s[j], j)
-            levels[j] = level
-            error = (w[j] - level * s[j]) / factor[j, j]
-            errors[j - start] = error
-            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        here = slice(start, stop)
+        levels[here], errors = gptq_block(w[here], s[here], rule.block(here), factor[here, here])
+        w[stop:].addmm_(factor[here, stop:].T, errors, alpha=-1)
     w[order] = levels
     return grid.codes(w.T).contiguous()
 
@@ -86,10 +82,10 @@ def coordinate_descent(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, 
 
 
 def _descend_rows(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, sweeps: int) -> Tensor:
-    n, k = weight.shape
+    k = len(gram)
     diagonal, order = gram.diagonal(), torch.arange(k, device=gram.device)
     inverse = torch.where(diagonal > 0, diagonal.reciprocal(), 0.0)
-    s, nearest = grid.steps(order), grid.nearest(order)  # [K, N], channels as rows
+    s, rule = grid.steps(order), grid.rule(order)  # [K, N], channels as rows
     # from H d to the best move of one channel, in its steps; finite, as H d may be 0
     reach = (inverse.unsqueeze(1) / s).clamp_max_(torch.finfo(s.dtype).max)
     level = grid.levels(codes).T.contiguous()
@@ -98,12 +94,7 @@ def _descend_rows(weight: Tensor, gram: Tensor, codes: Tensor, grid: Grid, sweep
         pull = gram @ (w - level * s)  # H d: minus half the gradient; anew per sweep, so rounding does not add up
         for start in range(0, k, DESCENT_BLOCK):
             stop = min(start + DESCENT_BLOCK, k)
-            here, moved = pull[start:stop], torch.empty(stop - start, n, device=w.device)
-            for j in range(start, stop):
-                i = j - start
-                best = nearest(torch.mul(here[i], reach[j]).add_(level[j]), j)
-                torch.mul(level[j] - best, s[j], out=moved[i])
-                level[j] = best
-                here[i + 1 :].addr_(gram[j + 1 : stop, j], moved[i])
-            pull[stop:].addmm_(gram[stop:, start:stop], moved)
+            here = slice(start, stop)
+            moved = descend_block(pull[here], level[here], s[here], reach[here], rule.block(here), gram[here, here])
+            pull[stop:].addmm_(gram[stop:, here], moved)
     return grid.codes(level.T).contiguous()

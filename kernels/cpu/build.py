@@ -27,7 +27,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 SOURCES: dict[str, tuple[str, ...]] = {"lowbit.cpp": (), "portable.cpp": (), "attention_portable.cpp": ()}
-SOURCES |= {"pointwise_portable.cpp": (), "nearest_portable.cpp": ()}
+SOURCES |= {"pointwise_portable.cpp": (), "nearest_portable.cpp": (), "rounding_portable.cpp": ()}
 BF16 = (*AVX512, "-mavx512bf16")
 AMX = (*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 X86_SOURCES = {"avx2.cpp": AVX2, "avx512.cpp": AVX512, "avx512float.cpp": AVX512, "avx512bf16.cpp": BF16, "amx.cpp": AMX}
@@ -35,6 +35,7 @@ X86_SOURCES["avx512vbmi.cpp"] = (*AVX512, "-mavx512vbmi")
 X86_SOURCES["attention_avx2.cpp"] = AVX2
 X86_SOURCES |= {"pointwise_avx2.cpp": AVX2, "pointwise_avx512.cpp": AVX512}
 X86_SOURCES |= {"nearest_avx2.cpp": AVX2, "nearest_avx512.cpp": AVX512}
+X86_SOURCES |= {"rounding_avx2.cpp": AVX2, "rounding_avx512.cpp": AVX512}
 QUIET = "-Wno-maybe-uninitialized"  # GCC 12 blames its own header
 X86_SOURCES |= {"attention_avx512bf16.cpp": (*BF16, QUIET), "attention_amx.cpp": (*AMX, QUIET)}
 

@@ -35,6 +35,8 @@ _SIGNATURES = {
     "lowbit_rotate": (_P, _I, _P, _L, _L, _L, ctypes.c_float),
     "lowbit_nearest": (_P, _P, _P, _P, _L, _I, _I),
     "lowbit_sweep": (_P, _P, _P, _P, _P, _P, _L, _L, _I, _I, _I),
+    "lowbit_gptq_block": (_P, _P, _P, _P, _P, _P, _L, _I, _I, *[ctypes.c_float] * 3),
+    "lowbit_descend_block": (_P, _P, _P, _P, _P, _P, _P, _L, _I, _I, *[ctypes.c_float] * 3),
     "lowbit_fp4_multi": (_P, _I, _L, _L, _P, _I, _P, _P, _I, _P),
     "lowbit_read": (_P, _L),
     "lowbit_attention": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _L, ctypes.c_float, _I),
@@ -67,7 +69,9 @@ def open_library(folder: Path) -> ctypes.CDLL:
     except OSError as error:
         raise Unavailable(f"{path.name} does not load: {error}") from error
     for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise Unavailable("the C++ kernels are older than these sources; run: python -m quant.kernels.cpu.build")
         function.argtypes, function.restype = arguments, None
     return library
 

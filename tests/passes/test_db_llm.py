@@ -104,8 +104,8 @@ def test_ordered_scales_are_the_same_weight() -> None:
     values = grid.levels(swapped) * grid.step.repeat_interleave(16, 1)
     assert torch.allclose(values, before, atol=1e-6)
     assert torch.equal(grid.codes(grid.levels(swapped)), swapped)
-    nearest, order = grid.nearest(torch.arange(64)), torch.randn(6, 64, generator=generator)
-    rounded = torch.stack([nearest(order[:, j].clone(), j) for j in range(64)], 1)
+    rule, order = grid.rule(torch.arange(64)), torch.randn(6, 64, generator=generator)
+    rounded = torch.stack([rule.nearest(order[:, j], j) for j in range(64)], 1)
     distance = torch.stack([(order - v.repeat_interleave(16, 1)).abs() for v in levels(turned / turned[..., :1])]).amin(0)
     assert torch.allclose((rounded - order).abs(), distance, atol=1e-6)
 

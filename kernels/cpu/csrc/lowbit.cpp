@@ -3,6 +3,7 @@
 #include "lowbit.h"
 #include "nearest_api.h"
 #include "pointwise_api.h"
+#include "rounding_api.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -89,6 +90,16 @@ SearchTable search_of(Isa isa) {
     return {portable_nearest, portable_sweep};
 }
 
+RoundingTable rounding_of(Isa isa) {
+#if defined(__x86_64__)
+    if (isa >= kAvx512) return {avx512_gptq, avx512_descend};
+    if (isa >= kAvx2) return {avx2_gptq, avx2_descend};
+#endif
+    (void)isa;
+    return {portable_gptq, portable_descend};
+}
+
+RoundingTable rounding = {portable_gptq, portable_descend};
 SearchTable search = {portable_nearest, portable_sweep};
 PointwiseTable pointwise = {portable_norm, portable_activate};
 AttentionTable attention = {portable_attend, portable_append};
@@ -112,6 +123,7 @@ int lowbit_select(int isa) {
     attention = attention_of((Isa)isa);
     pointwise = pointwise_of((Isa)isa);
     search = search_of((Isa)isa);
+    rounding = rounding_of((Isa)isa);
     return 0;
 }
 
@@ -256,6 +268,20 @@ void lowbit_sweep(const void* slope, void* codes, const void* book, const void* 
                   int64_t tiles, int books, int entries, int length) {
     search.sweep({(const float*)slope, (uint8_t*)codes, (const float*)book, (const float*)size, (const float*)block, (float*)moved,
                   rows, tiles, books, entries, length});
+}
+
+// Pointers and sizes as in Channels.
+void lowbit_gptq_block(const void* weight, const void* step, const void* table, const void* factor, void* level, void* errors,
+                       int64_t rows, int channels, int kind, float a, float b, float c) {
+    rounding.gptq({(const float*)weight, (float*)level, (const float*)step, nullptr, (const float*)table, (const float*)factor,
+                   (float*)errors, rows, channels, (LevelKind)kind, {a, b, c}});
+}
+
+// Pointers and sizes as in Channels.
+void lowbit_descend_block(const void* pull, void* level, const void* step, const void* reach, const void* table, const void* gram,
+                          void* moved, int64_t rows, int channels, int kind, float a, float b, float c) {
+    rounding.descend({(const float*)pull, (float*)level, (const float*)step, (const float*)reach, (const float*)table,
+                      (const float*)gram, (float*)moved, rows, channels, (LevelKind)kind, {a, b, c}});
 }
 
 // y = norm(x) of each row [K] of x [M, K]; bias may be null. centered: layer norm, else root mean square norm.
