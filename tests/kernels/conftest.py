@@ -1,10 +1,12 @@
-"""Layers that kernel tests share."""
+"""Layers and conditions that kernel tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from quant.kernels.cpu import library
 from quant.kernels.format import Codes
 from quant.kernels.formats.int4_dual import Int4Dual
 
@@ -22,3 +24,23 @@ def dual_layer() -> Callable[[int, int, int], tuple[Int4Dual, Codes]]:
         return Int4Dual(group=group), Codes(codes, params | {"row_scale": torch.rand(n, generator=generator) / 100})
 
     return make
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN, so that an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_every_isa() -> Iterator[Callable[[Callable[[], Any]], list[Any]]]:
+    """What a call gives on each instruction set of this processor."""
+    loaded = library.load()
+
+    def run(call: Callable[[], Any]) -> list[Any]:
+        return [(library.select(loaded, isa), call())[1] for isa in library.supported(loaded)]
+
+    yield run
+    library.select_best(loaded)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,23 +13,9 @@ from quant.kernels.cpu import library
 from quant.kernels.cpu.nearest import cpu_nearest, cpu_sweep
 from quant.kernels.nearest import by_scores, by_tiles, entry_sizes
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_library = pytest.mark.skipif(not library.available(), reason="the C++ kernels are not built")
-T = TypeVar("T")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def on_every_isa(call: Callable[[], T]) -> list[T]:
-    loaded = library.load()
-    try:
-        return [(library.select(loaded, isa), call())[1] for isa in library.supported(loaded)]
-    finally:
-        library.select_best(loaded)
+OnEveryIsa = Callable[[Callable[[], Any]], list[Any]]
 
 
 def whole(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
@@ -49,7 +35,7 @@ def sweep_problem(group: int, books: int, n: int = 37, tiles: int = 5) -> tuple[
 @pytest.mark.parametrize("entries", [256, 7])
 @pytest.mark.parametrize("length", [4, 8, 3])
 @pytest.mark.parametrize("count", [1, 32, 1001])
-def test_the_first_of_the_nearest_entries(count: int, length: int, entries: int) -> None:
+def test_the_first_of_the_nearest_entries(count: int, length: int, entries: int, on_every_isa: OnEveryIsa) -> None:
     target, book = whole(-3, 4, count, length), whole(-2, 3, entries, length, seed=1)
     size = book.square().sum(1) / 2
     wanted = torch.stack([(size - t * 1.0 @ book.T).argmin() for t in target]).to(torch.uint8)
@@ -59,7 +45,7 @@ def test_the_first_of_the_nearest_entries(count: int, length: int, entries: int)
 
 
 @needs_library
-def test_rounding_decides_alike_on_every_instruction_set() -> None:
+def test_rounding_decides_alike_on_every_instruction_set(on_every_isa: OnEveryIsa) -> None:
     target, book = torch.randn(5000, 8), torch.randn(256, 8)
     book[1::2] = book[::2] + 1e-7  # near ties
     size = book.square().sum(1) / 2
@@ -72,7 +58,7 @@ def test_rounding_decides_alike_on_every_instruction_set() -> None:
 
 @needs_library
 @pytest.mark.parametrize(("group", "books"), [(4, 1), (8, 2), (3, 3)])
-def test_a_sweep_changes_the_same_codes(group: int, books: int) -> None:
+def test_a_sweep_changes_the_same_codes(group: int, books: int, on_every_isa: OnEveryIsa) -> None:
     problem = sweep_problem(group, books)
     given = [t.clone() for t in problem]
     codes, moved = by_tiles(*problem)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +14,10 @@ from quant.kernels.cpu.rounding import cpu_descend_block, cpu_gptq_block
 from quant.kernels.minifloat import Minifloat
 from quant.kernels.rounding import TWO_BITS, Levels, descend_by_channels, gptq_by_channels
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_library = pytest.mark.skipif(not library.available(), reason="the C++ kernels are not built")
+OnEveryIsa = Callable[[Callable[[], Any]], list[Any]]
 KINDS = ("3 bits", "8 bits", "E2M1", "E4M3", "two bits")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -35,14 +31,6 @@ def levels_of(kind: str, like: Tensor) -> Levels:
         return Levels.floats(Minifloat(int(kind[1]), int(kind[3])), like)
     count = 2 ** int(kind[0])
     return Levels.integers(random(*like.shape, seed=1).add_(count / 2).round_().clamp_(0, count - 1), count)
-
-
-def on_every_isa(call: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    loaded = library.load()
-    try:
-        return [(library.select(loaded, isa), call())[1] for isa in library.supported(loaded)]
-    finally:
-        library.select_best(loaded)
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
@@ -69,7 +57,7 @@ def test_levels_are_the_nearest_of_all(kind: str) -> None:
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("channels", "rows"), [(1, 1), (64, 17), (128, 1001), (7, 32)])
-def test_gptq_is_that_of_torch(channels: int, rows: int, kind: str) -> None:
+def test_gptq_is_that_of_torch(channels: int, rows: int, kind: str, on_every_isa: OnEveryIsa) -> None:
     weight, step = random(channels, rows), random(channels, rows, seed=2).abs() + 0.3
     factor = torch.triu(random(channels, channels, seed=3) / channels + torch.eye(channels))
     rule = levels_of(kind, weight)
@@ -82,7 +70,7 @@ def test_gptq_is_that_of_torch(channels: int, rows: int, kind: str) -> None:
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("channels", "rows"), [(1, 1), (64, 17), (128, 1001), (7, 32)])
-def test_descent_is_that_of_torch(channels: int, rows: int, kind: str) -> None:
+def test_descent_is_that_of_torch(channels: int, rows: int, kind: str, on_every_isa: OnEveryIsa) -> None:
     pull, step = random(channels, rows), random(channels, rows, seed=2).abs() + 0.3
     root = random(channels, channels + 3, seed=3)
     gram, reach = root @ root.T / channels, random(channels, rows, seed=4).abs()

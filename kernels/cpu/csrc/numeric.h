@@ -38,6 +38,17 @@ inline uint16_t bf16_of(float v) {
     return (uint16_t)((u & 0x7FFFFFFFu) > 0x7F800000u ? (u >> 16) | 0x40u : rounded);
 }
 
+// v rounded to a small float, as round_to in kernels/minifloat.py but for the sign of zero: adding half_steps binades and taking
+// them off leaves the mantissa bits there are.
+inline float round_small(float v, float floor, float half_steps, float largest) {
+    v = v > largest ? largest : v;
+    v = v < -largest ? -largest : v;
+    const float binade = float_of(bits_of(v) & 0x7F800000u);
+    const float shift = (binade > floor ? binade : floor) * half_steps;
+    const float signed_shift = float_of(bits_of(shift) | (bits_of(v) & 0x80000000u));
+    return (v + signed_shift) - signed_shift;
+}
+
 // float16 bits -> float32: shift into place and let a multiplication by 2^112 fix the exponent, subnormals included.
 inline float float_of_half(uint16_t h) {
     uint32_t magnitude = (uint32_t)(h & 0x7FFFu) << 13;

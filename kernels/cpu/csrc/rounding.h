@@ -16,8 +16,6 @@ typedef float Row[kRowsAtOnce];
 
 inline float clamped(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
-inline float with_sign(float v, float sign) { return float_of((bits_of(v) & 0x7FFFFFFFu) | (bits_of(sign) & 0x80000000u)); }
-
 struct Affine {
     static float nearest(float u, float zero, const float* numbers) {
         const float whole = (clamped(u, -kFar, kFar) + kWhole) - kWhole;
@@ -25,11 +23,10 @@ struct Affine {
     }
 };
 
-struct Float {  // as round_to in kernels/minifloat.py; numbers: floor, shift, largest
+struct Float {  // numbers: floor, half_steps, largest
     static float nearest(float u, float, const float* numbers) {
-        const float x = clamped(u, -numbers[2], numbers[2]), binade = float_of(bits_of(x) & 0x7F800000u);
-        const float shift = with_sign((binade > numbers[0] ? binade : numbers[0]) * numbers[1], x);
-        return with_sign((x + shift) - shift, x);
+        const float size = round_small(u, numbers[0], numbers[1], numbers[2]);
+        return float_of((bits_of(size) & 0x7FFFFFFFu) | (bits_of(u) & 0x80000000u));  // codes know a zero's sign
     }
 };
 
@@ -50,10 +47,12 @@ inline void give(float* to, const Row* panel, const Channels& p, int64_t first, 
         for (int64_t r = 0; r < here; r++) to[j * p.rows + first + r] = panel[j][r];
 }
 
-// panel[i] += by[i] * moved for the channels behind j.
-inline void push(Row* panel, const float* by, const float* moved, int j, int channels) {
-    for (int i = j + 1; i < channels; i++)
-        for (int r = 0; r < kRowsAtOnce; r++) panel[i][r] += by[i] * moved[r];
+// panel[i] += sign * by[i] * moved for the channels behind j.
+inline void push(Row* panel, const float* by, float sign, const float* moved, int j, int channels) {
+    for (int i = j + 1; i < channels; i++) {
+        const float factor = sign * by[i];
+        for (int r = 0; r < kRowsAtOnce; r++) panel[i][r] += factor * moved[r];
+    }
 }
 
 template <class Kind, bool DESCEND>
@@ -77,22 +76,13 @@ inline void run_panels(const Channels& p) {
             }
             for (int j = 0; j < p.channels; j++) {
                 const float *by = p.factor + (int64_t)j * p.channels, own = by[j];
-                float negative[kRowsAtOnce];
-                if (DESCEND) {
-                    for (int r = 0; r < kRowsAtOnce; r++) {
-                        const float best = Kind::nearest(x[j][r] * reach[j][r] + level[j][r], table[j][r], p.numbers);
-                        moved[j][r] = (level[j][r] - best) * step[j][r];
-                        level[j][r] = best;
-                    }
-                    push(x, by, moved[j], j, p.channels);
-                } else {
-                    for (int r = 0; r < kRowsAtOnce; r++) {
-                        level[j][r] = Kind::nearest(x[j][r] / step[j][r], table[j][r], p.numbers);
-                        moved[j][r] = (x[j][r] - level[j][r] * step[j][r]) / own;
-                        negative[r] = -moved[j][r];
-                    }
-                    push(x, by, negative, j, p.channels);
+                for (int r = 0; r < kRowsAtOnce; r++) {
+                    const float u = DESCEND ? x[j][r] * reach[j][r] + level[j][r] : x[j][r] / step[j][r];
+                    const float best = Kind::nearest(u, table[j][r], p.numbers);
+                    moved[j][r] = DESCEND ? (level[j][r] - best) * step[j][r] : (x[j][r] - best * step[j][r]) / own;
+                    level[j][r] = best;
                 }
+                push(x, by, DESCEND ? 1.0f : -1.0f, moved[j], j, p.channels);
             }
             give(p.level, level, p, first, here);
             give(p.moved, moved, p, first, here);

@@ -7,16 +7,6 @@ namespace {
 constexpr int64_t kShiftWork = 1 << 16;  // elements below which waking a second thread costs more than it saves
 constexpr float kAbsmaxFloor = 1e-5f;    // an all-zero token gets this absmax, so its scale is never zero
 
-// v rounded to the number format: adding half_steps binades and taking them off leaves the mantissa bits there are.
-inline float round_small(const Shift& s, float v) {
-    v = v > s.largest ? s.largest : v;
-    v = v < -s.largest ? -s.largest : v;
-    const float binade = float_of(bits_of(v) & 0x7F800000u);
-    const float shift = (binade > s.floor ? binade : s.floor) * s.half_steps;
-    const float signed_shift = float_of(bits_of(shift) | (bits_of(v) & 0x80000000u));
-    return (v + signed_shift) - signed_shift;
-}
-
 // Positive v with fewer significant bits.
 inline float shortened(float v, float half_steps) {
     const float shift = float_of(bits_of(v) & 0x7F800000u) * half_steps;
@@ -41,7 +31,7 @@ inline void shift_tokens(const Shift& s) {
                 else
                     back = scale = shortened(scale, s.scale_half_steps);
                 for (int64_t j = 0; j < s.group; j++)
-                    part[j] = round_small(s, part[j] / scale) * back * float_of((127u - s.shift[start + j]) << 23);
+                    part[j] = round_small(part[j] / scale, s.floor, s.half_steps, s.largest) * back * float_of((127u - s.shift[start + j]) << 23);
             }
             from_float((char*)s.y + t * s.k * bytes, v, s.k, s.dtype);
         }
